@@ -1,0 +1,1 @@
+"""Photos, degradations, LR/HR pairs and preferences."""

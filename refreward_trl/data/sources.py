@@ -1,0 +1,331 @@
+"""Where pairs come from: the default photos, folders, and Hugging Face datasets on disk.
+
+`find_pairs` lists what there is; it reads no pixels and decides nothing about crops or degradations.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from refreward_trl.data.images import decode_image, list_images, read_image, read_size
+from refreward_trl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PHOTOS = Path(__file__).resolve().parents[1] / "assets" / "photos"
+"""The folder of the default photos, their licences and their split."""
+
+IMAGE_COLUMNS = ("hr_image", "lr_image")
+MAX_LISTED = 10
+
+_LAYOUTS = (
+    "use `hr/` and/or `lr/` subfolders with equal names, a flat folder of HR images, `lr:FOLDER` for a flat folder of "
+    "LR images, or a Hugging Face dataset with the columns hr_image and/or lr_image"
+)
+
+
+class ImageSource(Protocol):
+    """One image that has not been read yet."""
+
+    @property
+    def where(self) -> str:
+        """Names the image in errors: a file, or a row and column."""
+        ...
+
+    def size(self) -> tuple[int, int]:
+        """Returns (height, width) from the header."""
+        ...
+
+    def read(self) -> UInt8[Tensor, "3 H W"]:
+        """Decodes the image."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file."""
+
+    path: Path
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    def size(self) -> tuple[int, int]:
+        return read_size(self.path)
+
+    def read(self) -> UInt8[Tensor, "3 H W"]:
+        return read_image(self.path)
+
+
+@dataclass(frozen=True)
+class ImageCell:
+    """An image in a Hugging Face dataset; `table` holds that one column, undecoded, as `{"bytes", "path"}`."""
+
+    table: Dataset
+    dataset: str
+    column: str
+    row: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.dataset}: row {self.row}, column {self.column}"
+
+    def size(self) -> tuple[int, int]:
+        return read_size(self._content(), where=self.where)
+
+    def read(self) -> UInt8[Tensor, "3 H W"]:
+        content = self._content()
+        return decode_image(content, where=self.where) if isinstance(content, bytes) else read_image(content)
+
+    def _content(self) -> bytes | Path:
+        cell: dict[str, Any] | None = self.table[self.row][self.column]
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
+            raise DataError("the cell is empty", where=self.where, fix="fill it, or drop the row")
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        root = Path(self.dataset).parent if Path(self.dataset).is_file() else Path(self.dataset)
+        if not any(
+            as_seen(cell["path"]).startswith(as_seen(root) + os.sep) for as_seen in (os.path.abspath, os.path.realpath)
+        ):
+            raise DataError(
+                f"the path {cell['path']} leads out of the dataset",
+                where=self.where,
+                fix="store the images themselves",
+            )
+        return Path(cell["path"])
+
+
+@dataclass(frozen=True)
+class OtherColumns:
+    """What a row of a Hugging Face dataset holds besides the pair, or nothing."""
+
+    table: Dataset | None = None
+    row: int = 0
+
+    def read(self) -> dict[str, Any]:
+        """Returns the values by column; images are decoded by `datasets`."""
+        return {} if self.table is None else dict(self.table[self.row])
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """One photo: its HR image, its LR image, or both; and whatever else its row holds."""
+
+    photo: str
+    hr_image: ImageSource | None
+    lr_image: ImageSource | None
+    others: OtherColumns = OtherColumns()
+
+
+def find_pairs(source: str | Path, split: str | None) -> list[PairSource]:
+    """Lists the photos of a source, in a fixed order; `refreward_trl.data.pairs.load_pairs` explains both arguments.
+
+    Raises:
+        ConfigError: The split does not exist.
+        DataError: Nothing is there, or files do not match; all of them are named at once.
+    """
+    if source == "default":
+        return _default_photos(split or "train")
+    text = str(source)
+    kind, folder = (text[:2], text[3:]) if text.startswith(("hr:", "lr:")) else (None, text)
+    path = Path(folder)
+    if not path.exists():
+        raise DataError("the dataset does not exist", where=folder, fix=f"give a local path: {_LAYOUTS}")
+    if kind is None and _is_huggingface(path):
+        return _huggingface_pairs(path, split)
+    if split and (path / split).is_dir():
+        path = path / split
+        if kind is None and _is_huggingface(path):
+            return _huggingface_pairs(path, None)
+    if kind is None and ((path / "hr").is_dir() or (path / "lr").is_dir()):
+        return _paired_folder(path)
+    return _flat_folder(path, is_lr=kind == "lr")
+
+
+def report_problems(problems: Sequence[DataError], checked: int, where: str) -> None:
+    """Raises one DataError that lists the first problems and counts all; returns when there are none."""
+    if not problems:
+        return
+    lines = [f"\n  {problem.where}: {problem.what}" for problem in problems[:MAX_LISTED]]
+    if len(problems) > MAX_LISTED:
+        lines.append(f"\n  ... and {len(problems) - MAX_LISTED} more")
+    fixes = dict.fromkeys(problem.fix for problem in problems if problem.fix)
+    raise DataError(
+        f"{len(problems)} of {checked} entries cannot be used:{''.join(lines)}",
+        where=where,
+        fix="; ".join(list(fixes)[:3]) or None,
+    )
+
+
+def default_photos(split: str) -> list[Path]:
+    """Returns the default photos of a split ("train", "heldout", "val", "test"), or of several: "train+heldout"."""
+    manifest = json.loads((PHOTOS / "split.json").read_text())
+    splits: dict[str, str] = manifest["splits"]
+    names = sorted(set(splits.values()))
+    wanted = split.split("+")
+    for part in wanted:
+        if part not in names:
+            near = difflib.get_close_matches(part, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"the default photos have no split {part!r}", where="split", fix=f"{hint}Splits: {', '.join(names)}"
+            )
+    return [PHOTOS / f"{name}.webp" for name in sorted(splits) if splits[name] in wanted]
+
+
+def _default_photos(split: str) -> list[PairSource]:
+    return [PairSource(path.stem, ImageFile(path), None) for path in default_photos(split)]
+
+
+def _flat_folder(folder: Path, *, is_lr: bool) -> list[PairSource]:
+    images = _images_by_name(folder, recursive=False)
+    files = {name: ImageFile(path) for name, path in images.items()}
+    return [PairSource(name, None if is_lr else file, file if is_lr else None) for name, file in files.items()]
+
+
+def _paired_folder(folder: Path) -> list[PairSource]:
+    sides = {side: _images_by_name(folder / side) for side in ("hr", "lr") if (folder / side).is_dir()}
+    if len(sides) == 1:
+        side, images = next(iter(sides.items()))
+        files = [(name, ImageFile(path)) for name, path in images.items()]
+        return [PairSource(n, f if side == "hr" else None, f if side == "lr" else None) for n, f in files]
+    problems = [
+        DataError(
+            f"no image of this name in {folder / other}", where=str(path), fix="add the other image, or remove it"
+        )
+        for side, other in (("hr", "lr"), ("lr", "hr"))
+        for name, path in sides[side].items()
+        if name not in sides[other]
+    ]
+    report_problems(problems, sum(map(len, sides.values())), str(folder))
+    hr, lr = sides["hr"], sides["lr"]
+    return [PairSource(name, ImageFile(hr[name]), ImageFile(lr[name])) for name in hr]
+
+
+def _images_by_name(folder: Path, *, recursive: bool = True) -> dict[str, Path]:
+    """Returns the images of a folder by relative path without suffix, which must be unique."""
+    images: dict[str, Path] = {}
+    problems: list[DataError] = []
+    paths = list_images(folder, recursive=recursive)
+    for path in paths:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in images:
+            problems.append(DataError(f"same name as {images[name].name}", where=str(path), fix="rename one of them"))
+        images.setdefault(name, path)
+    report_problems(problems, len(paths), str(folder))
+    if not images:
+        raise DataError("the folder holds no images", where=str(folder), fix=_LAYOUTS)
+    return images
+
+
+def _is_huggingface(path: Path) -> bool:
+    if path.is_file():
+        return True
+    names = ("dataset_info.json", "dataset_dict.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
+    return any((path / name).is_file() for name in names) or bool(_parquet_files(path))
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    """Finds parquet files where `datasets` and the Hub put them: in the folder, or in its `data` subfolder."""
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
+
+
+def _huggingface_pairs(path: Path, split: str | None) -> list[PairSource]:
+    table = _load_table(path, split)
+    present = [name for name in IMAGE_COLUMNS if name in table.column_names]
+    if not present:
+        near = difflib.get_close_matches("hr_image", table.column_names, n=1, cutoff=0.4)
+        hint = (
+            f"rename column {near[0]!r} to hr_image or lr_image" if near else "name the columns hr_image or lr_image"
+        )
+        raise DataError(
+            f"neither column hr_image nor lr_image; there are: {', '.join(table.column_names)}",
+            where=str(path),
+            fix=f"{hint} (in an imagefolder's metadata: hr_image_file_name, lr_image_file_name)",
+        )
+    if len(table) == 0:
+        raise DataError("the dataset has no rows", where=str(path))
+    cells: dict[str, Sequence[ImageCell | None]] = {name: _image_cells(table, name, str(path)) for name in present}
+    if "sample_id" in table.column_names:
+        photos = [str(name) for name in table["sample_id"]]
+        _check_unique(photos, str(path))
+    else:
+        photos = [f"{row:06d}" for row in range(len(table))]
+    own = [name for name in (*IMAGE_COLUMNS, "sample_id") if name in table.column_names]
+    rest = table.remove_columns(own) if len(own) < len(table.column_names) else None
+    absent: list[ImageCell | None] = [None] * len(table)
+    hr_cells, lr_cells = (cells.get(name, absent) for name in IMAGE_COLUMNS)
+    return [
+        PairSource(photo, hr_image, lr_image, OtherColumns(rest, row))
+        for row, (photo, hr_image, lr_image) in enumerate(zip(photos, hr_cells, lr_cells, strict=True))
+    ]
+
+
+def _check_unique(photos: list[str], where: str) -> None:
+    first: dict[str, int] = {}
+    problems = [
+        DataError(f"sample_id {photo!r} repeats row {first[photo]}", where=f"row {row}", fix="make sample_id unique")
+        for row, photo in enumerate(photos)
+        if first.setdefault(photo, row) != row
+    ]
+    report_problems(problems, len(photos), where)
+
+
+def _image_cells(table: Dataset, column: str, where: str) -> list[ImageCell]:
+    from datasets import Image, Value
+
+    feature = table.features[column]
+    if isinstance(feature, Value) and "binary" not in feature.dtype:
+        raise DataError(
+            f"column {column} holds {feature.dtype}, not images",
+            where=where,
+            fix="store it as an Image column (`cast_column(name, datasets.Image())`)",
+        )
+    try:
+        single = table.select_columns([column]).cast_column(column, Image(decode=False))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"column {column} holds no images ({feature})", where=where) from error
+    return [ImageCell(single, where, column, row) for row in range(len(single))]
+
+
+def _load_table(path: Path, split: str | None) -> Dataset:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if path.is_file() or _parquet_files(path):
+            files = [path] if path.is_file() else _parquet_files(path)
+            loaded: Any = datasets.load_dataset("parquet", data_files=_split_files(files))
+        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
+    except (DatasetsError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        raise DataError(f"the dataset cannot be read ({cause})", where=str(path), fix=_LAYOUTS) from error
+    if not isinstance(loaded, dict):
+        return loaded
+    name = split or ("train" if "train" in loaded else next(iter(loaded)))
+    if name not in loaded:
+        raise ConfigError(f"{path} has no split {name!r}", where="split", fix=f"Splits: {', '.join(loaded)}")
+    return loaded[name]
+
+
+def _split_files(files: list[Path]) -> dict[str, list[str]]:
+    """Groups parquet files by split, which the Hub writes before the first dash: `train-00000-of-00002.parquet`."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        split = file.stem.split("-")[0] if "-of-" in file.stem else "train"
+        splits.setdefault(split, []).append(str(file))
+    return splits
