@@ -1,0 +1,123 @@
+"""Ranking losses that teach a reward model the order of the candidates of one LR image.
+
+Ranks: lower is better, equal ranks are a tie and teach nothing about each other, a negative rank means "ignore this
+    candidate". Each
+group counts the same however many pairs it has, and a group without a usable pair counts 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from refreward_trl.errors import DataError
+from refreward_trl.types import LossOutput
+
+
+def pairs_from_ranks(ranks: Int[Tensor, "g k"]) -> Int[Tensor, "p 2"]:
+    """Returns every ordered pair (better, worse) as indices into the flattened score matrix.
+
+    Args:
+        ranks: `(groups, candidates)`, lower is better, ties give no pair, negative is ignored.
+    """
+    group, better, worse = _beats(ranks).nonzero(as_tuple=True)
+    start = group * ranks.shape[1]
+    return torch.stack([start + better, start + worse], dim=1)
+
+
+def pairwise_loss(
+    scores: Float[Tensor, "g k"],
+    better: Int[Tensor, "p 2"],
+    *,
+    weights: Float[Tensor, " p"] | None = None,
+    temperature: Float[Tensor, ""] | float = 1.0,
+) -> LossOutput:
+    """Returns the Bradley-Terry loss: `-log sigmoid((score of better - score of worse) / temperature)`.
+
+    Averaged over the pairs of a group, then over groups.
+
+    Args:
+        scores: `(groups, candidates)` with their graph; pairs with a NaN score are left out.
+        better: `(pairs, 2)`, indices (better, worse) into `scores.flatten()`; see `pairs_from_ranks`.
+        weights: One per pair, for instance the share of raters who agree; not renormalised.
+        temperature: Above 0; may be learnable (pass `log_temperature.exp()`).
+
+    Returns:
+        The loss with metrics `accuracy` (ties count one half), `margin` (in units of the score) and `mean_reward`.
+
+    Raises:
+        DataError: If a pair joins candidates of two groups.
+    """
+    groups, candidates = scores.shape
+    group = better[:, 0] // candidates
+    if (group != better[:, 1] // candidates).any():
+        raise DataError(
+            "a preference pair joins candidates of two LR images",
+            where="better",
+            fix="index pairs within one row of the score matrix, as pairs_from_ranks does",
+        )
+    flat = scores.float().flatten()
+    margin = flat[better[:, 0]] - flat[better[:, 1]]
+    usable = margin.isfinite()
+    per_pair = F.softplus(-margin.masked_fill(~usable, 0.0) / temperature).masked_fill(~usable, 0.0)
+    if weights is not None:
+        per_pair = per_pair * weights.detach().float()
+    total = flat.new_zeros(groups).index_add(0, group, per_pair)
+    count = flat.new_zeros(groups).index_add(0, group, usable.float())
+    return LossOutput(loss=(total / count.clamp(min=1)).mean(), metrics=_metrics(flat, margin[usable]))
+
+
+def listwise_loss(
+    scores: Float[Tensor, "g k"], ranks: Int[Tensor, "g k"], *, temperature: Float[Tensor, ""] | float = 1.0
+) -> LossOutput:
+    """Returns the Plackett-Luce loss: each candidate is chosen over all that rank below it.
+
+    The likelihood of an order is the product, from the best down, of the softmax of a candidate among itself and those
+    below it. Tied candidates do not compete with each other. Averaged over the choices of a group, then over groups,
+    so with two candidates it is the pairwise loss.
+
+    Args:
+        scores: `(groups, candidates)` with their graph; candidates with a NaN score are left out.
+        ranks: `(groups, candidates)`, lower is better, ties allowed, negative is ignored.
+        temperature: As in `pairwise_loss`.
+
+    Returns:
+        The loss with the metrics of `pairwise_loss`, over all pairs that the ranks order.
+    """
+    scores = scores.float()
+    scored = scores.isfinite()
+    beats = _beats(ranks.masked_fill(~scored, -1))
+    logits = scores.masked_fill(~scored, 0.0) / temperature
+    rivals = beats | torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    chosen_among = logits[:, None, :].expand_as(rivals).masked_fill(~rivals, -torch.inf).logsumexp(-1)
+    is_choice = beats.any(-1)
+    per_choice = (chosen_among - logits).masked_fill(~is_choice, 0.0)
+    loss = (per_choice.sum(1) / is_choice.sum(1).clamp(min=1)).mean()
+    margins = (scores[:, :, None] - scores[:, None, :])[beats]
+    return LossOutput(loss=loss, metrics=_metrics(scores.flatten(), margins))
+
+
+def centering_penalty(scores: Float[Tensor, "g k"]) -> Float[Tensor, ""]:
+    """Returns the mean squared group mean, which keeps scores around 0: a ranking loss alone leaves their level
+    free."""
+    scores = scores.float()
+    scored = scores.isfinite()
+    mean = scores.masked_fill(~scored, 0.0).sum(1) / scored.sum(1).clamp(min=1)
+    return mean.square().mean()
+
+
+def _beats(ranks: Tensor) -> Bool[Tensor, "g k k"]:
+    ranked = ranks >= 0
+    lower = ranks[:, :, None] < ranks[:, None, :]
+    return lower & ranked[:, :, None] & ranked[:, None, :]
+
+
+def _metrics(scores: Tensor, margins: Tensor) -> dict[str, Tensor | float]:
+    scores, margins = scores.detach(), margins.detach()
+    return {
+        "accuracy": ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(),
+        "margin": margins.mean(),
+        "mean_reward": scores[scores.isfinite()].mean(),
+    }
