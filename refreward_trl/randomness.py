@@ -1,7 +1,7 @@
 """Stateless randomness: every draw is a pure function of what it is for.
 
-Noise, degradations, crops and orders come from `stateless_generator(seed, purpose, ...)` and never from a global random
-state, so that a sample looks the same on any rank, in any worker and after any resume.
+Noise, degradations, crops and orders come from `stateless_generator(seed, purpose, ...)` and never from a global
+random state, so that a sample looks the same on any rank, in any worker and after any resume.
 """
 
 from __future__ import annotations

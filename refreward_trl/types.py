@@ -32,16 +32,19 @@ class LossOutput:
 
     def scalar_metrics(self) -> Metrics:
         """Returns the metrics as Python floats."""
-        return {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in self.metrics.items()}
+        return {
+            name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in self.metrics.items()
+        }
 
 
 @runtime_checkable
 class RewardFunction(Protocol):
     """TRL's reward contract with images as completions.
 
-    Called by keyword only. `completions` is a float tensor `(B, 3, H, W)` in [0, 1] or a list of `(3, H, W)`; `lr_image` and
-    every other dataset column arrive by name, one entry per completion. Returns one number per completion, higher is
-    better; `None` or NaN means "not scored". A returned tensor with a graph can be used by reward-gradient training.
+    Called by keyword only. `completions` is a float tensor `(B, 3, H, W)` in [0, 1] or a list of `(3, H, W)`;
+    `lr_image` and every other dataset column arrive by name, one entry per completion. Returns one number per
+    completion, higher is better; `None` or NaN means "not scored". A returned tensor with a graph can be used by
+    reward-gradient training.
     """
 
     def __call__(

@@ -23,7 +23,7 @@ class PreferenceGroup:
         candidates: uint8 `(K, 3, H, W)`.
         better_worse: Index pairs `(better, worse)` into `candidates`.
         kinds: How each candidate was made.
-        source: Where the order comes from: `"constructed"`, or the name of a metric. Never human unless people were asked.
+        source: Where the order comes from: `"constructed"`, or the name of a metric. Human only if people were asked.
     """
 
     sample_id: str
@@ -68,7 +68,7 @@ class PreferencePair:
 
 
 class GroupDataset(Dataset):
-    """Preference groups built on demand: row `i` is a pure function of `i`, so any worker or rank builds the same one."""
+    """Preference groups built on demand: row `i` is a pure function of `i`, the same in any worker and on any rank."""
 
     def __init__(self, build: Callable[[int], PreferenceGroup], length: int) -> None:
         self._build = build

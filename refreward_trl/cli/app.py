@@ -1,0 +1,118 @@
+"""Finds the command, runs it, and turns its errors into one screen of text and an exit code.
+
+Each command is one module with `main(argv: list[str]) -> int | None`, imported only when its name is given. Command
+modules import torch inside functions, so that every `--help` and every mistake in a recipe is answered at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import NamedTuple
+
+from refreward_trl import __version__
+from refreward_trl.cli.parser import did_you_mean
+from refreward_trl.errors import ConfigError, RefRewardError
+
+
+class Command(NamedTuple):
+    """A line of `refreward --help`."""
+
+    group: str
+    name: str
+    summary: str
+
+
+COMMANDS = (
+    Command("see it work", "demo", "judge, ReFL, DDPO and a report with pictures, in minutes on a CPU"),
+    Command("train", "finetune", "a generator on pairs of low- and high-resolution images"),
+    Command("train", "rm", "a reward model on ranked candidates of one low-resolution image"),
+    Command("train", "refl", "align a generator by the gradient of a reward"),
+    Command("train", "ddpo", "align a generator by policy gradient: the reward may be a black box"),
+    Command("use", "score", "score super-resolved images against their low-resolution inputs"),
+    Command("use", "recipes", "list, show, copy or check recipes"),
+    Command("use", "env", "versions to paste into a bug report"),
+)
+NAMES = tuple(command.name for command in COMMANDS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        argv: The words after the program's name; `sys.argv[1:]` by default. `--debug` may stand anywhere.
+
+    Returns:
+        0, the `exit_code` of the `RefRewardError` that ended the command, or 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except RefRewardError as error:
+        if debug:
+            traceback.print_exc()
+        _report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (say, `head`) has gone; keep Python from complaining again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        print(f"refreward_trl {__version__}")
+        return 0
+    if words[0] not in NAMES:
+        raise ConfigError(
+            f"there is no command {words[0]!r}{did_you_mean(words[0], NAMES)}",
+            fix="`refreward --help` lists the commands",
+        )
+    command = importlib.import_module(f"refreward_trl.cli.{words[0]}")
+    return command.main(words[1:]) or 0
+
+
+def _help() -> str:
+    lines = [
+        "usage: refreward <command> [options]     (or: python -m refreward_trl <command> [options])",
+        "",
+        "Align one-step super-resolution generators with rewards that see the low-resolution image.",
+    ]
+    group = None
+    for command in COMMANDS:
+        if command.group != group:
+            group = command.group
+            lines += ["", f"{group}:"]
+        lines.append(f"  {command.name:<10} {command.summary}")
+    lines += [
+        "",
+        "options:",
+        "  -h, --help   show this help; `refreward <command> --help` shows a command's own",
+        "  --version    show the version",
+        "  --debug      after any command: show the traceback of an error",
+        "",
+        "examples:",
+        "  refreward demo --output-dir runs/demo",
+        "  refreward refl --config recipes/tiny/refl.yaml --learning_rate 1e-4",
+        "  accelerate launch --config_file deepspeed_configs/zero2.yaml -m refreward_trl refl --config tiny/refl",
+    ]
+    return "\n".join(lines)
+
+
+def _report(error: RefRewardError) -> None:
+    # A launcher starts every rank with the same words: a mistake in them is told once. Other errors may be one rank's.
+    rank = int(os.environ.get("RANK", "0"))
+    if isinstance(error, ConfigError) and rank != 0:
+        return
+    prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{prefix}error: {error}", file=sys.stderr)

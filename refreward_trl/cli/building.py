@@ -1,0 +1,167 @@
+"""From a checked recipe to objects: dataclasses, datasets, generator, rewards. No layer below reads a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from refreward_trl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
+
+    from refreward_trl.generators.base import Generator
+    from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments
+    from refreward_trl.types import RewardFunction
+
+EVALUATION_SEED = 0
+"""Degradations of evaluation images do not follow the run's seed, so that runs can be compared."""
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+"""Attention and residual convolutions of a diffusers U-Net."""
+
+Arguments = TypeVar("Arguments")
+Row = dict[str, Any]
+
+
+def build_config(config_class: type[Arguments], values: Mapping[str, Any]) -> Arguments:
+    """Makes the trainer's configuration; several CPU processes get the settings that make them train together."""
+    return build_arguments(config_class, {**launch_settings(), **values})
+
+
+def build_arguments(arguments_class: type[Arguments], values: Mapping[str, Any]) -> Arguments:
+    """Makes one dataclass of those recipe values that are its fields."""
+    fields = {field.name for field in dataclasses.fields(arguments_class) if field.init}  # type: ignore[arg-type]
+    return arguments_class(**{name: value for name, value in values.items() if name in fields})
+
+
+def launch_settings() -> dict[str, Any]:
+    """Returns what a launch of several processes without a GPU must set.
+
+    `use_cpu` makes accelerate wrap the model for DDP, and must stay away under DeepSpeed; both talk over gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return {}
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+    return {"ddp_backend": "gloo"} if deepspeed else {"ddp_backend": "gloo", "use_cpu": True}
+
+
+def build_generator(arguments: GeneratorArguments, *, scale: int, seed: int, weights: str | None = None) -> Generator:
+    """Loads the generator, or makes an untrained one for "new".
+
+    Args:
+        arguments: Which generator.
+        scale: The data's HR size over LR size, which must be the generator's.
+        seed: Of an untrained generator's weights.
+        weights: Folder of trained weights for a generator that is the user's own module.
+
+    Raises:
+        ConfigError: The generator enlarges by another factor than the data.
+    """
+    from refreward_trl.generators import load_generator
+
+    if arguments.generator == "new":
+        from refreward_trl.generators.tiny import build_tiny_generator
+
+        generator: Generator = build_tiny_generator(seed=seed, scale=scale)
+    elif is_module(arguments.generator):
+        generator = load_generator(arguments.generator, scale=scale, weights=weights)
+    else:
+        generator = load_generator(arguments.generator, color_fix=arguments.color_fix)
+    if generator.scale != scale:
+        raise ConfigError(
+            f"the generator enlarges {generator.scale} times, the data {scale} times",
+            where="scale",
+            fix=f"set scale: {generator.scale}",
+        )
+    return generator
+
+
+def is_module(source: str) -> bool:
+    """Tells whether a recipe's `generator` names the user's own module, `package.module:attribute`."""
+    from pathlib import Path
+
+    return ":" in source and not Path(source).is_dir()
+
+
+def build_lora(arguments: GeneratorArguments, generator: Generator) -> LoraConfig | None:
+    """Returns the adapter to train; None for full fine-tuning, and for a generator that came with its own adapter."""
+    if not arguments.use_peft or generator.has_policy_adapter:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=arguments.lora_dropout,
+        target_modules=list(arguments.lora_target_modules or LORA_TARGETS),
+    )
+
+
+def build_train_dataset(arguments: DataArguments, seed: int) -> Any:
+    """Returns the training crops."""
+    from refreward_trl.data.pairs import load_pairs
+
+    return load_pairs(
+        arguments.dataset,
+        degradation=arguments.degradation,
+        scale=arguments.scale,
+        crop_size=arguments.crop_size,
+        crops_per_image=arguments.crops_per_image,
+        seed=seed,
+        split=arguments.dataset_split,
+    )
+
+
+def build_eval_rows(arguments: DataArguments) -> list[Row]:
+    """Returns the whole images by which the best checkpoint is chosen."""
+    return _whole_images(arguments.eval_dataset, arguments.eval_dataset_split, arguments)
+
+
+def build_test_rows(arguments: DataArguments) -> list[Row]:
+    """Returns the whole images that the summary measures on."""
+    return _whole_images(arguments.test_dataset or arguments.eval_dataset, arguments.test_dataset_split, arguments)
+
+
+def _whole_images(source: str, split: str, arguments: DataArguments) -> list[Row]:
+    from refreward_trl.data.pairs import load_pairs
+
+    dataset = load_pairs(
+        source, degradation=arguments.degradation, scale=arguments.scale, seed=EVALUATION_SEED, split=split
+    )
+    # A list: each is degraded once, however often it is measured.
+    return [dataset[index] for index in range(min(len(dataset), arguments.max_eval_images or len(dataset)))]
+
+
+def load_photos(source: str, split: str) -> dict[str, Tensor]:
+    """Returns the HR images of a source, uint8 `(3, H, W)` by name, to construct candidates of.
+
+    Raises:
+        ConfigError: The source has no HR images.
+    """
+    from refreward_trl.data.pairs import load_pairs
+
+    dataset = load_pairs(source, degradation="bicubic", scale=1, split=split)
+    if not dataset.has_hr:
+        raise ConfigError(
+            "candidates are constructed from HR images, and there are none",
+            where=f"dataset {source}",
+            fix="name a folder of HR images",
+        )
+    return {row["sample_id"]: row["hr_image"] for row in (dataset[index] for index in range(len(dataset)))}
+
+
+def build_rewards(entries: Sequence[Any]) -> tuple[list[RewardFunction], list[str], list[float]]:
+    """Returns the rewards of a recipe's list with their names in metrics and their weights."""
+    from refreward_trl.rewards import RewardSpec, load_reward, reward_names
+
+    specs = [RewardSpec.from_entry(entry) for entry in entries]
+    rewards = [load_reward(spec) for spec in specs]
+    return rewards, reward_names(rewards), [spec.weight for spec in specs]

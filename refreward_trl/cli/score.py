@@ -1,0 +1,161 @@
+"""`refreward score LR SR`: score super-resolved images against their low-resolution inputs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from refreward_trl.cli.parser import CommandParser
+from refreward_trl.errors import DataError
+
+_MOST_NAMES = 5
+
+
+class Triple(NamedTuple):
+    """The files of one image."""
+
+    name: str
+    lr_file: Path
+    sr_file: Path
+    hr_file: Path | None
+
+
+def main(argv: list[str]) -> None:
+    """Prints a table of scores, or JSON."""
+    parser = CommandParser(
+        "score",
+        "Score super-resolved images against their low-resolution inputs: two files, or two folders matched by name.",
+        "refreward score photos/lr photos/sr --reward refreward lr_consistency --json",
+    )
+    parser.add_argument("lr", type=Path, metavar="LR", help="low-resolution image, or a folder of them")
+    parser.add_argument("sr", type=Path, metavar="SR", help="super-resolved image, or a folder of the same names")
+    parser.add_argument("--hr", type=Path, help="ground truth, for rewards that need it (psnr, ssim)")
+    parser.add_argument(
+        "--reward",
+        nargs="+",
+        default=["refreward"],
+        metavar="NAME",
+        help="refreward (default), heldout_judge, lr_consistency, psnr, ssim, or a path like my_file.my_reward",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_words(argv)
+    triples = match_files(arguments.lr, arguments.sr, arguments.hr)
+    rows = score_files(triples, arguments.reward)
+    print(as_json(rows, arguments.reward) if arguments.json else as_table(rows, arguments.reward))
+
+
+def match_files(lr: Path, sr: Path, hr: Path | None = None) -> list[Triple]:
+    """Pairs files by name, whatever their endings.
+
+    Args:
+        lr: An image or a folder.
+        sr: Of the same kind as `lr`.
+        hr: Of the same kind as `lr`, or None.
+
+    Raises:
+        DataError: Something is missing, the kinds differ, or a name has no partner.
+    """
+    sides = {"LR": lr, "SR": sr} | ({"HR": hr} if hr is not None else {})
+    for label, path in sides.items():
+        if not path.exists():
+            raise DataError(f"the {label} image or folder does not exist", where=str(path), fix="check the path")
+    if len({path.is_dir() for path in sides.values()}) > 1:
+        raise DataError(
+            "one is a folder and another a file",
+            where=", ".join(map(str, sides.values())),
+            fix="give files, or folders",
+        )
+    if not lr.is_dir():
+        return [Triple(sr.name, lr, sr, hr)]
+    files = {label: _by_stem(path) for label, path in sides.items()}
+    names = files["SR"]
+    for label in sides:
+        _check_names(label, names, files[label])
+    return [
+        Triple(names[stem].name, files["LR"][stem], names[stem], files["HR"][stem] if hr is not None else None)
+        for stem in sorted(names)
+    ]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    from refreward_trl.data.images import list_images
+
+    files: dict[str, Path] = {}
+    for path in list_images(folder):
+        if path.stem in files:
+            raise DataError(f"two images are named {path.stem!r}", where=str(folder), fix="keep one of them")
+        files[path.stem] = path
+    if not files:
+        raise DataError("there is no image in this folder", where=str(folder), fix="name a folder of images")
+    return files
+
+
+def _check_names(label: str, wanted: dict[str, Path], found: dict[str, Path]) -> None:
+    for names, text in (
+        (sorted(wanted.keys() - found.keys()), f"SR images without a partner among the {label} images"),
+        (sorted(found.keys() - wanted.keys()), f"{label} images without a partner among the SR images"),
+    ):
+        if names:
+            shown = ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
+            raise DataError(f"{len(names)} {text}: {shown}", fix="partners have the same name up to the ending")
+
+
+def score_files(triples: list[Triple], names: list[str]) -> list[dict[str, float | str]]:
+    """Returns one row per image: `name`, and a number per reward (NaN where the reward gave none)."""
+    import torch
+    from tqdm import tqdm
+
+    from refreward_trl.data.images import read_image, to_float
+    from refreward_trl.rewards import load_reward, score_all
+
+    rewards = [load_reward(name) for name in names]
+    rows: list[dict[str, float | str]] = []
+    for triple in tqdm(triples, desc="score", unit="image", disable=len(triples) < 2):
+        columns: dict[str, list] = {"sample_id": [triple.name]}
+        if triple.hr_file is not None:
+            columns["hr_image"] = [to_float(read_image(triple.hr_file))]
+        with torch.no_grad():
+            table = score_all(
+                rewards,
+                names,
+                None,
+                completions=[to_float(read_image(triple.sr_file))],
+                lr_image=[to_float(read_image(triple.lr_file))],
+                columns=columns,
+            )
+        rows.append({"name": triple.name} | {name: table.per_reward[name].item() for name in names})
+    return rows
+
+
+def as_table(rows: list[dict[str, float | str]], names: list[str]) -> str:
+    """Lays the rows out in columns, the means last."""
+    width = max(len("name"), len("mean"), *(len(str(row["name"])) for row in rows))
+    widths = [max(len(name), 9) for name in names]
+    lines = ["  ".join([f"{'name':<{width}}", *(f"{name:>{w}}" for name, w in zip(names, widths, strict=True))])]
+    shown = [*rows, {"name": "mean", **means(rows, names)}] if len(rows) > 1 else rows
+    for row in shown:
+        cells = [f"{row[name]:>{w}.4f}" for name, w in zip(names, widths, strict=True)]
+        lines.append("  ".join([f"{row['name']:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def as_json(rows: list[dict[str, float | str]], names: list[str]) -> str:
+    """Returns `{"rewards": [...], "images": [{"name": ..., <reward>: ...}], "mean": {...}}`; not scored is null."""
+    clean = [{key: _null_if_nan(value) for key, value in row.items()} for row in rows]
+    mean = {name: _null_if_nan(value) for name, value in means(rows, names).items()}
+    return json.dumps({"rewards": names, "images": clean, "mean": mean}, indent=2)
+
+
+def means(rows: list[dict[str, float | str]], names: list[str]) -> dict[str, float]:
+    """Returns each reward's mean over the images it scored; NaN where it scored none."""
+    found = {}
+    for name in names:
+        values = [value for row in rows if isinstance(value := row[name], float) and not math.isnan(value)]
+        found[name] = sum(values) / len(values) if values else math.nan
+    return found
+
+
+def _null_if_nan(value: float | str) -> float | str | None:
+    return None if isinstance(value, float) and math.isnan(value) else value

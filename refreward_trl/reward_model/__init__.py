@@ -1,0 +1,1 @@
+"""Judges: networks that rate an SR image against its LR image."""

@@ -1,0 +1,1 @@
+"""Trainers: one config and one trainer module per method, on a common base."""

@@ -1,0 +1,302 @@
+"""The private methods of `transformers.Trainer` that the package overrides, all in one place.
+
+They replace what is saved (a verified folder under one rename, see `refreward_trl.checkpointing`; trainable weights as
+safetensors; no pickled arguments) and stop an update whose gradient is not finite. `OVERRIDDEN` lists them with the
+parameters they must have; a test compares that with the installed transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from refreward_trl import checkpointing
+from refreward_trl.errors import CheckpointError, ConfigError
+
+OVERRIDDEN = {
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_save": ("self", "output_dir", "state_dict"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_load_best_model": ("self",),
+    "_get_grad_norm": ("self", "model", "grad_norm"),
+    "_prepare_inputs": ("self", "inputs"),
+}
+"""Private Trainer methods that this package overrides, with their parameters."""
+
+CALLED = {
+    "_save_optimizer_and_scheduler": ("self", "output_dir"),
+    "_save_scaler": ("self", "output_dir"),
+    "_save_rng_state": ("self", "output_dir"),
+    "_get_output_dir": ("self", "trial"),
+    "_push_from_checkpoint": ("self", "checkpoint_folder"),
+    "_prepare_input": ("self", "data"),
+}
+"""Private Trainer methods that this package calls."""
+
+WEIGHTS_FILE = "model.safetensors"
+STATE_FILE = "trainer_state.json"
+EXTRA_STATE_FILE = "alignment_state-rank{rank}.json"
+PACKAGES = ("refreward-trl", "torch", "transformers", "diffusers", "peft", "accelerate")
+
+logger = logging.get_logger(__name__)
+
+
+class VerifiedCheckpoints(Trainer):
+    """A Trainer whose checkpoints are complete, verified and free of pickled code, wherever they hold our own state.
+
+    Mix it in before anything else. A subclass adds its own state by `_write_extra_state` and `_read_extra_state`.
+    """
+
+    # Declared as optional or as unions by transformers, which no line here could use without a cast.
+    args: Any
+    model: Any
+    model_wrapped: Any
+    train_dataset: Any
+    eval_dataset: Any
+    state: Any
+    accelerator: Any
+    callback_handler: Any
+    data_collator: Any
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def _write_extra_state(self, folder: Path) -> dict[str, Any]:
+        """Writes this rank's further files into `folder` and returns this rank's further JSON state."""
+        return {}
+
+    def _read_extra_state(self, folder: Path, state: dict[str, Any]) -> None:
+        """Restores what `_write_extra_state` wrote on this rank."""
+
+    def _read_further_weights(self, folder: Path) -> None:
+        """Restores weights that are kept beside the model's, such as an average; also from the best checkpoint."""
+
+    # Saving
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        run_folder = Path(self._get_output_dir(trial=trial))
+        final = checkpointing.checkpoint_folder(run_folder, step)
+        staged = checkpointing.staging_folder(run_folder, step, self._from_rank_zero(lambda: uuid.uuid4().hex[:8]))
+        if self.args.should_save:
+            staged.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.store_flos()
+        self._note_best_checkpoint(run_folder)
+        self._write_parts(staged)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpointing.seal(staged, self._checkpoint_facts())
+            checkpointing.commit(staged, final)
+            checkpointing.rotate(run_folder, self.args.save_total_limit, [self.state.best_model_checkpoint])
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _write_parts(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+        extra = self._write_extra_state(folder)
+        name = EXTRA_STATE_FILE.format(rank=self.args.process_index)
+        (folder / name).write_text(json.dumps(extra), encoding="utf-8")
+        if self.args.should_save:
+            self._refresh_callback_states()
+            self.state.save_to_json(str(folder / STATE_FILE))
+
+    def _note_best_checkpoint(self, run_folder: Path) -> None:
+        """Records the best checkpoint under its final name, also when it is the one that is being written."""
+        best = self.state.best_global_step
+        if not best:
+            return
+        folder = checkpointing.checkpoint_folder(run_folder, best)
+        if best == self.state.global_step or folder.exists():
+            self.state.best_model_checkpoint = str(folder)
+
+    def _refresh_callback_states(self) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                known = self.state.stateful_callbacks.get(name)
+                if isinstance(known, list):
+                    known.append(state)
+                else:
+                    self.state.stateful_callbacks[name] = state
+
+    def _checkpoint_facts(self) -> dict[str, Any]:
+        return {
+            "step": self.state.global_step,
+            "trainer": type(self).__name__,
+            "world_size": self.args.world_size,
+            "threads": torch.get_num_threads(),
+            "versions": package_versions(),
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes the weights that training changes, on the rank that saves."""
+        if not self.args.should_save:
+            return
+        folder = self._run_folder if output_dir is None else Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = self._changing_weights(self.model.state_dict() if state_dict is None else state_dict)
+        # clone: safetensors refuses tensors that share memory, which tied weights do.
+        weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
+        safetensors.torch.save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def _changing_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leaves out frozen parameters; buffers stay, since batch statistics change too."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {name: tensor for name, tensor in state_dict.items() if name not in frozen}
+
+    # Loading
+
+    def _resume_folder(self, requested: str | bool | None, policy: str) -> Path | None:
+        """Returns the verified checkpoint to go on from, the same on all ranks, or None to start afresh.
+
+        Args:
+            requested: `resume_from_checkpoint` as given to `train`; None asks `policy`.
+            policy: "auto", "never" or a folder.
+
+        Raises:
+            CheckpointError: If a folder that was named is damaged: an explicit choice never falls back.
+            ConfigError: If a fresh start would mix with the checkpoints of an earlier run.
+        """
+        if requested is not None:
+            policy = requested if isinstance(requested, str) else "auto" if requested else "never"
+        folder = self._from_rank_zero(lambda: self._choose_checkpoint(policy))
+        return None if folder is None else Path(folder)
+
+    def _choose_checkpoint(self, policy: str) -> str | None:
+        run_folder = self._run_folder
+        if policy not in ("auto", "never"):
+            self._check_manifest(Path(policy), checkpointing.verify(policy))
+            return policy
+        if policy == "never":
+            existing = checkpointing.list_checkpoints(run_folder)
+            if existing:
+                raise ConfigError(
+                    f"{run_folder} already holds {existing[-1].name} of an earlier run",
+                    where="resume",
+                    fix="choose another output_dir, delete the old one, or go on from it with resume: auto",
+                )
+            return None
+        checkpointing.remove_leftovers(run_folder)
+        newest = checkpointing.newest_intact(run_folder)
+        if newest is None:
+            return None
+        self._check_manifest(newest, checkpointing.read_manifest(newest))
+        logger.warning(f"resuming from {newest}")
+        return str(newest)
+
+    def _check_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
+        if manifest.get("trainer") != type(self).__name__:
+            raise CheckpointError(
+                f"it was written by {manifest.get('trainer')}, not by {type(self).__name__}",
+                where=str(folder),
+                fix="choose another output_dir for this run",
+            )
+        if manifest.get("world_size") != self.args.world_size:
+            raise CheckpointError(
+                f"it was written by {manifest.get('world_size')} processes, this run has {self.args.world_size}",
+                where=str(folder),
+                fix="launch as many processes as the run had, or start afresh in another output_dir",
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        module = self.model if model is None else model
+        path = Path(resume_from_checkpoint) / WEIGHTS_FILE
+        try:
+            weights = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+        expected = self._changing_weights(module.state_dict())
+        for name in sorted(expected.keys() ^ weights.keys()):
+            raise CheckpointError(
+                f"{name} is only in the {'model' if name in expected else 'checkpoint'}",
+                where=str(path),
+                fix="use the generator and the adapter settings of the run that wrote it",
+            )
+        for name, tensor in weights.items():
+            if tensor.shape != expected[name].shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(tensor.shape)}, the model's {tuple(expected[name].shape)}",
+                    where=str(path),
+                )
+        module.load_state_dict(weights, strict=False)
+
+    def _load_best_model(self) -> None:
+        folder = self.state.best_model_checkpoint
+        if folder is None:
+            return
+        self._from_rank_zero(lambda: checkpointing.verify(folder) and None)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(folder)
+        self._read_further_weights(Path(folder))
+
+    def _load_extra_state(self, folder: Path) -> None:
+        path = folder / EXTRA_STATE_FILE.format(rank=self.args.process_index)
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+        self._read_further_weights(folder)
+        self._read_extra_state(folder, state)
+
+    def _from_rank_zero(self, make: Any) -> Any:
+        """Returns `make()` of rank 0 on all ranks; an error of rank 0 is raised on all of them."""
+        if self.args.world_size == 1:
+            return make()
+        box: list[Any] = [None, None]
+        if self.args.process_index == 0:
+            try:
+                box[0] = make()
+            except (CheckpointError, ConfigError) as error:
+                box[1] = (type(error), error.what, error.where, error.fix)
+        broadcast_object_list(box)
+        if box[1] is not None:
+            kind, what, where, fix = box[1]
+            raise kind(what, where=where, fix=fix)
+        return box[0]
+
+    # Stopping
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Returns the gradient norm, after making sure that it is a number: the optimizer steps right after this."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # DeepSpeed has stepped already (inside backward), and a GradScaler looks for overflows itself.
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED and self.accelerator.scaler is None:
+            self._require_finite_gradient(norm)
+        return norm
+
+    def _require_finite_gradient(self, norm: Any) -> None:
+        """Raises `TrainingError` unless the gradient norm is finite."""
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions that decide whether a run can be repeated bit by bit."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a source tree
+        return "source"

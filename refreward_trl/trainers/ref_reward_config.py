@@ -1,0 +1,69 @@
+"""Settings of `RefRewardTrainer`, on top of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from refreward_trl.errors import ConfigError
+from refreward_trl.trainers.alignment_config import check_choice, check_range
+
+
+@dataclass
+class RefRewardConfig(TrainingArguments):
+    """Configuration of `RefRewardTrainer`.
+
+    One sample is one preference group: an LR image with its K candidates, so `per_device_train_batch_size` counts
+    groups and the judge sees K times as many images. `remove_unused_columns` stays false and a loss that is not finite
+    is never hidden.
+    """
+
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "keep false: images and pairs are columns that the network does not name"}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "log every so many updates"})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "keep false: true would log 0.0 in the place of a loss that is not finite"}
+    )
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "trackers: none, tensorboard, wandb, trackio, ..."}
+    )
+    judge: str = field(
+        default="new",
+        metadata={
+            "help": "'new' (tiny untrained judge), 'conv' (untrained convolutional judge), 'default', or a folder"
+        },
+    )
+    loss_type: Literal["pairwise", "listwise"] = field(
+        default="pairwise",
+        metadata={"help": "pairwise takes any order; listwise needs groups in which all candidates are ranked"},
+    )
+    temperature: float = field(
+        default=0.5, metadata={"help": "score difference at which a preference counts as clear, at the start"}
+    )
+    learn_temperature: bool = field(default=True, metadata={"help": "learn the temperature with the weights"})
+    center_rewards_coefficient: float = field(
+        default=0.04,
+        metadata={"help": "weight of the pull of the best candidate to the top rating and of the worst to the lowest"},
+    )
+    augment: bool = field(default=True, metadata={"help": "flip and turn whole groups at random"})
+    max_groups: int = field(default=3000, metadata={"help": "training groups to construct"})
+    eval_groups: int = field(default=64, metadata={"help": "evaluation groups to construct"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("loss_type", self.loss_type, ("pairwise", "listwise"))
+        check_range("temperature", self.temperature, low=0.0, low_included=False)
+        check_range("center_rewards_coefficient", self.center_rewards_coefficient, low=0.0)
+        check_range("max_groups", self.max_groups, low=1)
+        check_range("eval_groups", self.eval_groups, low=1)
+        if self.remove_unused_columns:
+            raise ConfigError(
+                "remove_unused_columns is true, which would drop the images and the pairs",
+                where="remove_unused_columns",
+                fix="leave it false",
+            )
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()

@@ -1,0 +1,363 @@
+"""Training a judge from preference groups: the K candidates of one LR image and which of them is better."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, gather_object
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from refreward_trl.data.images import to_float
+from refreward_trl.errors import SetupError, TrainingError
+from refreward_trl.objectives.preference import centering_penalty, listwise_loss, pairwise_loss
+from refreward_trl.reward_model.conv import CONFIG_FILE, ConvJudge
+from refreward_trl.reward_model.loading import load_judge
+from refreward_trl.reward_model.scoring import RateJudge, batched_vision_attention
+from refreward_trl.reward_model.tiny import build_tiny_judge
+from refreward_trl.trainers.recorder import MetricRecorder
+from refreward_trl.trainers.ref_reward_batches import (
+    GroupBatch,
+    augment_groups,
+    collate_groups,
+    ends_of_order,
+    flat_pairs,
+    one_group,
+    ranks_from_pairs,
+)
+from refreward_trl.trainers.ref_reward_config import RefRewardConfig
+from refreward_trl.types import LossOutput
+
+
+class PreferenceModel(nn.Module):
+    """The module that is trained: a judge's network together with the temperature of its preferences.
+
+    Both take part in `forward`, so that every way of wrapping it synchronises both gradients.
+
+    Args:
+        judge: The judge whose network is trained in place.
+        temperature: Its start, above 0.
+        learn_temperature: Whether it is trained.
+    """
+
+    def __init__(self, judge: RateJudge | ConvJudge, *, temperature: float, learn_temperature: bool) -> None:
+        super().__init__()
+        self.network: nn.Module = judge if isinstance(judge, ConvJudge) else judge.model
+        # In a tuple, because a ConvJudge is a module and would be registered twice.
+        self._judge = (judge,)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
+
+    def forward(
+        self, lr_image: Float[Tensor, "b 3 h w"], sr_image: Float[Tensor, "b 3 H W"]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, ""]]:
+        """Returns one score per image and the temperature."""
+        judge = self._judge[0]
+        if isinstance(judge, RateJudge):
+            scores = judge.expected_rating(lr_image, sr_image, model=self.network)
+        else:
+            scores = self.network(lr_image, sr_image)
+        return scores.float(), self.log_temperature.float().exp()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Called by the Trainer for `activation_checkpointing: true`.
+
+        Raises:
+            SetupError: The network is a `ConvJudge`, which has no checkpoints.
+        """
+        judge = self._judge[0]
+        if isinstance(judge, ConvJudge):
+            raise SetupError(
+                "a ConvJudge has no activation checkpointing",
+                where="activation_checkpointing",
+                fix="leave it false: the network is small",
+            )
+        judge.model.activation_checkpointing_enable(**options)
+
+
+class RefRewardTrainer(Trainer):
+    """Trains a judge so that its scores order the candidates of an LR image as the preferences do.
+
+    Rows of a dataset are preference groups: `sample_id`, `lr_image` uint8 `(3, h, w)`, `candidates` uint8
+    `(K, 3, H, W)`, `better_worse` index pairs `(P, 2)`, `kinds` K names. The candidates of one batch have one size, a
+    multiple of the judge's patch grid, and one K.
+
+    `save_model` writes a judge folder (`load_judge` and stock transformers open it); checkpoints hold the trainer's
+    own state, temperature included.
+
+    Args:
+        model: The judge to train in place, or what `RefRewardConfig.judge` names; None takes `args.judge`.
+        args: The configuration.
+        train_dataset: Groups to train on.
+        eval_dataset: Groups to evaluate on.
+        callbacks: As in `transformers.Trainer`.
+
+    Raises:
+        SetupError: Several GPUs without a launcher.
+    """
+
+    args: RefRewardConfig
+
+    def __init__(
+        self,
+        model: RateJudge | ConvJudge | str | None = None,
+        args: RefRewardConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        args = args or RefRewardConfig()
+        if args.n_gpu > 1:
+            raise SetupError(
+                f"one process sees {args.n_gpu} GPUs",
+                where="launch",
+                fix="use `accelerate launch`, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)",
+            )
+        self.judge = open_judge(args.judge if model is None else model, seed=args.seed)
+        self.preference_model = PreferenceModel(
+            self.judge, temperature=args.temperature, learn_temperature=args.learn_temperature
+        )
+        self.preference_model.network.requires_grad_(True)
+        super().__init__(
+            model=self.preference_model,
+            args=args,
+            data_collator=cast(Any, collate_groups),  # a TypedDict is not a dict to type checkers
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        self._recorder = MetricRecorder()
+        self._update_ids: list[str] = []
+        self.add_callback(_GradientGuard(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `transformers.Trainer.train` does, with the batched vision attention."""
+        with self._fast_attention():
+            output = super().train(*args, **kwargs)
+        self.preference_model.eval()
+        return output
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: GroupBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Scores all candidates with the prepared module and compares them inside their groups.
+
+        Raises:
+            TrainingError: A score or the loss is not finite on any rank; nothing has been stepped.
+            SetupError: Several processes, but the module is not wrapped, so that gradients would not be synchronised.
+        """
+        if model.training:
+            self._refuse_unwrapped(model)
+            self._update_ids.extend(inputs["sample_id"])
+            inputs = self._augmented(inputs)
+        scores, temperature = score_groups(model, inputs)
+        output = self._objective(scores, temperature, inputs)
+        finite = bool(output.loss.isfinite()) and bool(scores.isfinite().all())
+        self._stop_unless_finite(finite, "a score or the loss", inputs["sample_id"])
+        if model.training:
+            self._recorder.record(output.metrics | {"temperature": temperature})
+        return (output.loss, {"scores": scores}) if return_outputs else output.loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluates group by group: see `summarize_groups` for the metrics."""
+        model = cast(nn.Module, self.model_wrapped)
+        model.eval()
+        results: list[dict[str, Any]] = []
+        with self._fast_attention(), torch.no_grad():
+            for batch in dataloader:
+                inputs = cast(GroupBatch, self._prepare_inputs(batch))
+                scores, temperature = score_groups(model, inputs)
+                rows = [self._evaluate_group(scores, temperature, inputs, index) for index in range(len(scores))]
+                results.extend(self.accelerator.gather_for_metrics(rows, use_gather_object=True))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarize_groups(results).items()}
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(results))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the training metrics since the last line to a line of training."""
+        if "loss" in logs:
+            logs |= self._recorder.flush(gather_object)
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Keeps weight decay away from the temperature: it would pull it towards 1."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith("log_temperature")]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes a judge folder; inside of checkpoints, where the Trainer calls it itself, the module's state."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        # On all ranks, because ZeRO-3 gathers here.
+        state = cast(dict[str, Tensor], self.accelerator.get_state_dict(cast(nn.Module, self.model_wrapped)))
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            prefix = "network."
+            weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            self.judge.save_pretrained(folder, state_dict=weights)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # safetensors refuses tensors that share memory, as tied embeddings do.
+        state = self.preference_model.state_dict() if state_dict is None else state_dict
+        seen: set[int] = set()
+        for name, value in state.items():
+            if value.data_ptr() in seen:
+                state[name] = value.clone()
+            seen.add(value.data_ptr())
+        super()._save(output_dir, state)
+
+    def _fast_attention(self) -> Any:
+        network = self.judge.model if isinstance(self.judge, RateJudge) else None
+        return batched_vision_attention(network)
+
+    def _augmented(self, inputs: GroupBatch) -> GroupBatch:
+        if not self.args.augment:
+            return inputs
+        lr_image, candidates = augment_groups(
+            inputs["lr_image"],
+            inputs["candidates"],
+            sample_ids=inputs["sample_id"],
+            seed=self.args.seed,
+            epoch=int(self.state.epoch or 0),
+        )
+        return cast(GroupBatch, {**inputs, "lr_image": lr_image, "candidates": candidates})
+
+    def _objective(self, scores: Tensor, temperature: Tensor, inputs: GroupBatch) -> LossOutput:
+        pairs, candidates = inputs["better_worse"], scores.shape[1]
+        if self.args.loss_type == "listwise":
+            ranks = ranks_from_pairs(pairs, candidates, sample_ids=inputs["sample_id"])
+            output = listwise_loss(scores, ranks, temperature=temperature)
+        else:
+            output = pairwise_loss(scores, flat_pairs(pairs, candidates), temperature=temperature)
+        if self.args.center_rewards_coefficient > 0:
+            output.loss = output.loss + self.args.center_rewards_coefficient * self._centering(scores, pairs)
+        return output
+
+    def _centering(self, scores: Tensor, pairs: Tensor) -> Tensor:
+        if isinstance(self.judge, ConvJudge):  # no bounds that the ends could be pulled to
+            return centering_penalty(scores)
+        low, high = self.judge.spec.rating_range
+        best, worst = ends_of_order(pairs, scores.shape[1])
+        flat = scores.flatten()
+        return (flat[best] - high).square().mean() + (flat[worst] - low).square().mean()
+
+    def _evaluate_group(self, scores: Tensor, temperature: Tensor, inputs: GroupBatch, index: int) -> dict[str, Any]:
+        row = one_group(inputs, index)
+        output = self._objective(scores[index : index + 1], temperature, row)
+        outcomes: dict[str, list[float]] = defaultdict(list)
+        values = scores[index].tolist()
+        for better, worse in flat_pairs(row["better_worse"], len(values)).tolist():
+            margin = values[better] - values[worse]
+            outcomes[row["kinds"][0][worse]].append(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0)
+        return {"loss": float(output.loss), "outcomes": dict(outcomes), **output.scalar_metrics()}
+
+    def _refuse_unwrapped(self, model: nn.Module) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1 and model is self.preference_model:
+            raise SetupError(
+                "there are several processes, but the judge is not wrapped: gradients would not be synchronised",
+                where="launch",
+                fix="on CPUs set use_cpu: true; see the launch table in the README",
+            )
+
+    def _stop_unless_finite(self, finite: bool, what: str, sample_ids: Sequence[str]) -> None:
+        """Raises on all ranks if any rank has a bad number, so that none is left waiting."""
+        bad = [] if finite else list(sample_ids)
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([not finite], device=self.accelerator.device)
+            flags = cast(Tensor, self.accelerator.gather(flag))
+            if not flags.any():
+                return
+            bad = gather_object(bad)
+        elif finite:
+            return
+        raise TrainingError(
+            f"{what} is not finite; the weights are those before this step",
+            where=f"step {self.state.global_step + 1}, samples {', '.join(bad)}",
+            fix="look at these samples; if they are sound, lower learning_rate or max_grad_norm",
+        )
+
+
+class _GradientGuard(TrainerCallback):
+    """Stops before an optimizer step with gradients that are not finite."""
+
+    def __init__(self, trainer: RefRewardTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        sample_ids, trainer._update_ids = trainer._update_ids, []
+        # DeepSpeed keeps gradients to itself and a loss scaler skips bad steps on its own.
+        if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED or trainer.accelerator.scaler is not None:
+            return
+        gradients = [p.grad for p in trainer.preference_model.parameters() if p.grad is not None]
+        finite = bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+        trainer._stop_unless_finite(finite, "a gradient", sample_ids)
+
+
+def open_judge(source: RateJudge | ConvJudge | str, *, seed: int) -> RateJudge | ConvJudge:
+    """Returns the judge to train.
+
+    Args:
+        source: A judge, `"new"`, `"conv"`, `"default"`, or the folder of a saved judge of either class.
+        seed: Seed of new weights.
+    """
+    if not isinstance(source, str):
+        return source
+    makers: dict[str, Callable[[], RateJudge | ConvJudge]] = {
+        "new": lambda: build_tiny_judge(seed=seed),
+        "conv": lambda: ConvJudge(seed=seed),
+    }
+    if source in makers:
+        return makers[source]()
+    if (Path(source) / CONFIG_FILE).is_file():
+        return ConvJudge.from_pretrained(source)
+    return load_judge(source)
+
+
+def score_groups(model: nn.Module, inputs: GroupBatch) -> tuple[Float[Tensor, "g k"], Float[Tensor, ""]]:
+    """Scores the candidates of all groups in one forward of `model`, a (wrapped) `PreferenceModel`."""
+    candidates = inputs["candidates"]
+    groups, count = candidates.shape[:2]
+    lr_image = to_float(inputs["lr_image"]).repeat_interleave(count, dim=0)
+    scores, temperature = model(lr_image, to_float(candidates.flatten(0, 1)))
+    return scores.view(groups, count), temperature
+
+
+def summarize_groups(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Averages what `RefRewardTrainer` found for single groups; accuracies are over pairs.
+
+    Returns:
+        `loss`, `margin`, `mean_reward` (means over groups), `accuracy`, and `accuracy/<kind>` of the worse candidate.
+    """
+    outcomes: dict[str, list[float]] = defaultdict(list)
+    for result in results:
+        for kind, values in result["outcomes"].items():
+            outcomes[kind].extend(values)
+    summary = {name: _mean([result[name] for result in results]) for name in ("loss", "margin", "mean_reward")}
+    summary["accuracy"] = _mean([value for values in outcomes.values() for value in values])
+    return summary | {f"accuracy/{kind}": _mean(values) for kind, values in sorted(outcomes.items())}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

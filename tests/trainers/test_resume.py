@@ -1,0 +1,146 @@
+"""A run that is stopped and resumed ends in the same bits as one that was not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from refreward_trl.trainers.base import AlignmentTrainer
+from refreward_trl.trainers.ddpo_config import SRDDPOConfig
+from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer
+from refreward_trl.trainers.finetune_config import SRFinetuneConfig
+from refreward_trl.trainers.finetune_trainer import SRFinetuneTrainer
+from refreward_trl.trainers.refl_config import SRReFLConfig
+from refreward_trl.trainers.refl_trainer import SRReFLTrainer
+
+STEPS = 6
+DDPO = {
+    "num_generations": 4,
+    "num_iterations": 3,
+    "advantage": "running",
+    "gradient_accumulation_steps": 2,
+    "beta": 0.1,
+}
+
+
+class StopAt(TrainerCallback):
+    """Stops politely: saves, then leaves."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@pytest.fixture
+def run(
+    make_generator: Any, reward: Any, black_box: Any, pairs: Any, lora: Any, settings: Any, tmp_path: Path
+) -> Callable[..., AlignmentTrainer]:
+    def make(kind: type, config: type, name: str, *, adapter: bool, stop: int | None = None, **changes: Any) -> Any:
+        keywords = settings(
+            **{
+                "output_dir": str(tmp_path / name),
+                "max_steps": STEPS,
+                "save_strategy": "steps",
+                "save_steps": 100,
+                "logging_steps": 2,
+                "ema_decay": 0.8,
+                "lr_scheduler_type": "cosine",
+                "eval_strategy": "steps",
+                "eval_steps": 3,
+                "eval_on_start": True,
+                **changes,
+            }
+        )
+        trainer = kind(
+            make_generator(),
+            **({} if kind is SRFinetuneTrainer else {"reward_funcs": black_box if kind is SRDDPOTrainer else reward}),
+            args=config(**keywords),
+            train_dataset=pairs(7),
+            eval_dataset=pairs(2),
+            peft_config=lora(lora_dropout=0.2 if kind is SRReFLTrainer else 0.0) if adapter else None,
+            callbacks=[] if stop is None else [StopAt(stop)],
+        )
+        trainer.train()
+        return trainer
+
+    return make
+
+
+def assert_same_end(one: Any, other: Any, read_metrics: Callable[..., list[dict[str, Any]]]) -> None:
+    assert one.state.global_step == other.state.global_step == STEPS
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, other.model.state_dict()[name]), name
+    for name, tensor in one.average.state_dict().items():
+        assert torch.equal(tensor, other.average.state_dict()[name]), name
+    states = [trainer.optimizer.state_dict()["state"] for trainer in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for key, moments in states[0].items():
+        assert all(torch.equal(tensor, states[1][key][name]) for name, tensor in moments.items())
+    assert one.lr_scheduler.state_dict() == other.lr_scheduler.state_dict()
+    lines = [read_metrics(trainer.args.output_dir) for trainer in (one, other)]
+    timing = {"time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    bare = [[{name: value for name, value in line.items() if name not in timing} for line in some] for some in lines]
+    assert bare[0] == bare[1]
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("kind", "config", "changes"),
+    [(SRReFLTrainer, SRReFLConfig, {"gradient_accumulation_steps": 2}), (SRDDPOTrainer, SRDDPOConfig, DDPO)],
+    ids=["refl", "ddpo"],
+)
+def test_resume_is_bit_identical(
+    run: Callable[..., Any], read_metrics: Any, kind: type, config: type, changes: dict, adapter: bool
+) -> None:
+    """Step 4 lies between two log lines, and in the middle of DDPO's second rollout."""
+    whole = run(kind, config, "whole", adapter=adapter, **changes)
+    stopped = run(kind, config, "parts", adapter=adapter, stop=4, **changes)
+    assert stopped.state.global_step == 4
+    resumed = run(kind, config, "parts", adapter=adapter, **changes)
+    assert_same_end(whole, resumed, read_metrics)
+
+
+@pytest.mark.parametrize("part", ["denoiser", "vae"])
+def test_finetuning_resumes_too(run: Callable[..., Any], read_metrics: Any, part: str) -> None:
+    whole = run(SRFinetuneTrainer, SRFinetuneConfig, "whole", adapter=False, train_part=part)
+    run(SRFinetuneTrainer, SRFinetuneConfig, "parts", adapter=False, stop=4, train_part=part)
+    resumed = run(SRFinetuneTrainer, SRFinetuneConfig, "parts", adapter=False, train_part=part)
+    assert_same_end(whole, resumed, read_metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("kind", "config", "changes"),
+    [(SRReFLTrainer, SRReFLConfig, {"gradient_accumulation_steps": 2}), (SRDDPOTrainer, SRDDPOConfig, DDPO)],
+    ids=["refl", "ddpo"],
+)
+def test_stopping_at_every_step_changes_nothing(
+    run: Callable[..., Any], read_metrics: Any, kind: type, config: type, changes: dict, adapter: bool
+) -> None:
+    whole = run(kind, config, "whole", adapter=adapter, **changes)
+    for stop in range(1, STEPS):
+        run(kind, config, "parts", adapter=adapter, stop=stop, **changes)
+    resumed = run(kind, config, "parts", adapter=adapter, **changes)
+    assert_same_end(whole, resumed, read_metrics)
+
+
+def test_lines_after_the_checkpoint_are_written_once(run: Callable[..., Any], read_metrics: Any) -> None:
+    """The run had gone on past its last checkpoint when it died; those steps are done and logged again."""
+    changes = {"logging_steps": 1, "save_steps": 2}
+    folder = Path(run(SRReFLTrainer, SRReFLConfig, "parts", adapter=True, **changes).args.output_dir)
+    for step in (4, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    run(SRReFLTrainer, SRReFLConfig, "parts", adapter=True, **changes)
+    steps = [line["step"] for line in read_metrics(folder) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
