@@ -38,8 +38,10 @@ from refreward_trl.cli.recipe import Recipe, read_recipe
 from refreward_trl.data.candidates import constructed_group
 from refreward_trl.data.collators import collate_pairs
 from refreward_trl.data.preferences import CachedGroups
+from refreward_trl.errors import ConfigError
 from refreward_trl.generators import straight_through_clamp
 from refreward_trl.randomness import stateless_generator, stateless_seed
+from refreward_trl.resampling import downscale
 from refreward_trl.reward_model.scoring import batched_vision_attention
 from refreward_trl.reward_model.tiny import build_tiny_judge
 from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments
@@ -127,6 +129,12 @@ class GeneratorLoop(BareLoop):
         image = self.generator.decode(self.generator.reference_mean(z, cond), cond)
         return self.generator.postprocess(image, cond).clamp(0, 1)
 
+    def anchor(self, image: Tensor, reference: Tensor) -> Tensor:
+        """Distance to the reference's image, of all pixels or of what is left of them at LR resolution."""
+        if self.config.anchor == "reference_lr":
+            image, reference = (downscale(each, self.generator.scale) for each in (image, reference))
+        return self.config.anchor_weight * F.l1_loss(image, reference)
+
     def image_of(self, mean: Tensor, cond: Any) -> Tensor:
         """The image of a predicted latent, clamped, with its graph."""
         image = self.generator.postprocess(self.generator.decode(mean, cond, checkpoint=True), cond)
@@ -146,8 +154,7 @@ class ReFLLoop(GeneratorLoop):
             cond, z = self.start(lr_image)
             reference = self.reference_image(z, cond)
         image = self.image_of(self.generator.predict(z, cond), cond)
-        anchor = F.l1_loss(image, reference)
-        return -self.config.reward_weight * self.score(image, lr_image).mean() + self.config.anchor_weight * anchor
+        return -self.config.reward_weight * self.score(image, lr_image).mean() + self.anchor(image, reference)
 
 
 class DDPOLoop(GeneratorLoop):
@@ -175,7 +182,7 @@ class DDPOLoop(GeneratorLoop):
         ratio = (self._policy(mean).log_prob(candidates, config.log_prob_reduction) - old).exp()
         clip = config.effective_clip_range
         gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-        return -gain.mean() + config.anchor_weight * F.l1_loss(self.image_of(mean, cond), reference)
+        return -gain.mean() + self.anchor(self.image_of(mean, cond), reference)
 
     def _policy(self, mean: Tensor) -> Any:
         config = self.config
@@ -319,6 +326,12 @@ def measure(method: str, steps: int, folder: Path, flags: Sequence[str] = ()) ->
     if method in ("refl", "ddpo", "finetune"):
         words += ["--eval_on_start", "false"]
     recipe = read_recipe(f"tiny/{method}", method=method, flags=[*words, *flags])
+    if method in ("refl", "ddpo") and recipe.values["anchor"] not in ("reference", "reference_lr"):
+        raise ConfigError(
+            f"the bare loop has no anchor {recipe.values['anchor']!r}",
+            where=method,
+            fix="use reference or reference_lr",
+        )
     trainer, loop, samples = judge_arms(recipe) if method == "rm" else generator_arms(recipe)
     pair = Interleave(loop, samples, trainer.args.per_device_train_batch_size)
     losses = record_losses(trainer)

@@ -19,6 +19,8 @@ from refreward_trl.cli.packaged import launch_file_names, recipe_names
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(refreward_trl.__file__).parent
+SHORT = ["--max_steps=1", "--per_device_train_batch_size=1", "--crop_size=64", "--max_eval_images=1"]
+SHORT += ["--save_strategy=no", "--eval_strategy=no", "--eval_on_start=false", "--load_best_model_at_end=false"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_what_the_package_imports_is_declared(metadata):
 
 
 @pytest.mark.slow
-def test_a_wheel_in_an_empty_folder_lists_copies_and_checks_recipes(tmp_path):
+def test_a_wheel_in_an_empty_folder_lists_copies_checks_and_launches_recipes(tmp_path):
     # From a copy: a build leaves files behind, and the next one would pack them again.
     source = tmp_path / "source"
     for name in ("refreward_trl", "recipes", "deepspeed_configs"):
@@ -106,6 +108,7 @@ def test_a_wheel_in_an_empty_folder_lists_copies_and_checks_recipes(tmp_path):
         (["recipes", "list"], str(tmp_path / "site" / "refreward_trl" / "recipes")),
         (["recipes", "copy"], "recipes/tiny/refl.yaml"),
         (["recipes", "check", "recipes/tiny/refl.yaml"], "recipes/tiny/refl.yaml: ok"),
+        (["refl", "--config", "tiny/refl", *SHORT], "wrote runs/tiny/refl/summary.json"),
     ):
         command = [sys.executable, "-m", "refreward_trl", *words]
         done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=True)

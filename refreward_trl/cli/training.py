@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refreward_trl.cli.building import (
+    EVALUATION_SEED,
     build_arguments,
     build_config,
     build_eval_rows,
@@ -150,7 +151,7 @@ def finetune(recipe: Recipe) -> None:
 
 def train_judge(recipe: Recipe) -> None:
     """Runs `rm`: writes the judge to `output_dir/judge` and its table's figures to `summary.json`."""
-    from refreward_trl.data.candidates import EVALUATION_COLUMNS, constructed_pairs
+    from refreward_trl.data.candidates import EVALUATION_COLUMNS, HELDOUT_KINDS, JUDGE_KINDS, constructed_pairs
     from refreward_trl.evaluation.reward_benchmark import benchmark_judge
     from refreward_trl.reward_model.conv import ConvJudge
     from refreward_trl.trainers.arguments import DataArguments, JudgeArguments
@@ -159,11 +160,13 @@ def train_judge(recipe: Recipe) -> None:
 
     config = build_config(RefRewardConfig, recipe.values)
     data = build_arguments(DataArguments, recipe.values)
-    table = build_arguments(JudgeArguments, recipe.values)
+    judged = build_arguments(JudgeArguments, recipe.values)
+    kinds = HELDOUT_KINDS if judged.artefacts == "heldout" else JUDGE_KINDS
+    make_groups = functools.partial(_groups, data, kinds)
     trainer = RefRewardTrainer(
         args=config,
-        train_dataset=_groups(data, data.dataset, data.dataset_split, config.max_groups, config.seed),
-        eval_dataset=_groups(data, data.eval_dataset, data.eval_dataset_split, config.eval_groups, 0),
+        train_dataset=make_groups(data.dataset, data.dataset_split, config.max_groups, config.seed),
+        eval_dataset=make_groups(data.eval_dataset, data.eval_dataset_split, config.eval_groups, EVALUATION_SEED),
     )
     trainer.train()
     folder = Path(str(config.output_dir))
@@ -171,15 +174,15 @@ def train_judge(recipe: Recipe) -> None:
     if not config.should_save:
         return
     figures: dict[str, Any] = {}
-    if table.test_pairs:
+    if judged.test_pairs:
         photos = load_photos(data.test_dataset or data.eval_dataset, data.test_dataset_split)
         judge = trainer.judge
+        make_pairs = functools.partial(
+            constructed_pairs, photos, count=judged.test_pairs, crop_size=data.crop_size, scale=data.scale, kinds=kinds
+        )
         report = benchmark_judge(
             judge if isinstance(judge, ConvJudge) else judge.rate,
-            (
-                constructed_pairs(photos, column, table.test_pairs, crop_size=data.crop_size, scale=data.scale)
-                for column in progress(EVALUATION_COLUMNS, "measure the judge", "question")
-            ),
+            (make_pairs(column) for column in progress(EVALUATION_COLUMNS, "measure the judge", "question")),
             device=config.device,
         )
         figures = {"judge": report.summary()}
@@ -187,7 +190,7 @@ def train_judge(recipe: Recipe) -> None:
     write_summary(folder, recipe, figures, {**facts, "seed": config.seed, "versions": _versions()})
 
 
-def _groups(data: DataArguments, source: str, split: str, count: int, seed: int) -> Any:
+def _groups(data: DataArguments, kinds: Sequence[str], source: str, split: str, count: int, seed: int) -> Any:
     from refreward_trl.data.candidates import constructed_group
     from refreward_trl.data.preferences import GroupDataset
 
@@ -197,6 +200,7 @@ def _groups(data: DataArguments, source: str, split: str, count: int, seed: int)
         seed=seed,
         crop_size=data.crop_size,
         scale=data.scale,
+        kinds=kinds,
         degradations=tuple(dict.fromkeys(("bicubic", data.degradation))),
     )
     # Building a group costs about as much as scoring it: each is built once.

@@ -230,17 +230,21 @@ def paste_detail(image: RGB, other: RGB, sigma: float) -> RGB:
     return (gaussian_blur(image, sigma) + other - gaussian_blur(other, sigma)).clamp(0, 1)
 
 
-def back_project(candidate: RGB, hr_image: RGB, *, scale: int = 4, rounds: int = 3) -> RGB:
-    """Gives a candidate the HR image's low-resolution content, by two down-samplers (bicubic and area) in turn.
+def back_project(candidate: RGB, hr_image: RGB, *, scale: int = 4, rounds: int = 6) -> RGB:
+    """Gives a candidate the HR image's low-resolution content.
 
-    Afterwards `downscale(candidate)` equals `downscale(hr_image)` up to clipping and 8-bit rounding.
+    `rounds` passes of two down-samplers (area and bicubic) in turn, then as many again of the bicubic one alone: it
+    makes the LR images, so what it leaves over is what an LR-consistency score would find. Each pass clips, since what
+    clipping takes away at the end would tell the two apart again.
     """
     candidate, hr_image = candidate[None], hr_image[None]
-    for _ in range(rounds):
-        for reduce in (lambda x: F.avg_pool2d(x, scale), lambda x: downscale(x, scale)):
-            residual = reduce(hr_image) - reduce(candidate)
-            candidate = candidate + F.interpolate(residual, scale_factor=scale, mode="bicubic", align_corners=False)
-    return candidate[0].clamp(0, 1)
+    for reduce in [lambda x: F.avg_pool2d(x, scale), lambda x: downscale(x, scale)] * rounds + [
+        lambda x: downscale(x, scale)
+    ] * rounds:
+        residual = reduce(hr_image) - reduce(candidate)
+        correction = F.interpolate(residual, scale_factor=scale, mode="bicubic", align_corners=False)
+        candidate = (candidate + correction).clamp(0, 1)
+    return candidate[0]
 
 
 def textured_crop(photo: Tensor, size: int, generator: Generator, *, tries: int = 12) -> RGB:
@@ -403,6 +407,8 @@ def constructed_pairs(
         if column.startswith("projected_"):
             better = better if better is hr_image else back_project(better, hr_image, scale=scale)
             worse = back_project(worse, hr_image, scale=scale)
+            # One grey level of noise on both: an untouched HR image would be told by its missing rounding error.
+            better, worse = (image + torch.randn(image.shape, generator=draws) / 255 for image in (better, worse))
         pairs.append(
             PreferencePair(
                 f"{photo}@{index}", photo, column, kind, _quantise(lr_image), _quantise(better), _quantise(worse)

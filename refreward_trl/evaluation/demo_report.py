@@ -49,6 +49,8 @@ BASELINE_LABELS = {
     "laplacian_variance": "sharpness (Laplacian variance)",
 }
 REWARD_DIGITS = 3
+GUARD_LIMIT = 0.5
+"""Fall of LR- or HR-PSNR in dB beyond which a gain in reward counts as bought with fidelity."""
 REWARD_LABELS = {"refreward": "judge", "heldout_judge": "held-out judge", "lr_consistency": "LR consistency"}
 
 
@@ -147,6 +149,13 @@ def headlines(evidence: Evidence) -> Iterator[Headline]:
         _gain(heldout.mean),
         _gain_interval(heldout),
         _tone(heldout),
+    )
+    psnrs = [first.change(name).mean for name in ("lr_psnr", "hr_psnr")]
+    yield Headline(
+        f"fidelity after {first.name}: LR-PSNR, HR-PSNR",
+        f"{number(psnrs[0], sign=True)}, {number(psnrs[1], sign=True)} dB",
+        f"more than {number(GUARD_LIMIT, 1)} dB lost would be too much",
+        "bad" if min(psnrs) < -GUARD_LIMIT else "",
     )
     projected = evidence.judge.accuracy(projected_columns)
     baseline, best = evidence.judge.best_baseline(projected_columns)
@@ -334,14 +343,16 @@ def _verdict(item: Alignment) -> str:
     result = item.result
     excess = result.gain_minus_control()
     heldout = result.change(result.heldout_column)
+    lr_psnr, hr_psnr = (result.change(name).mean for name in ("lr_psnr", "hr_psnr"))
+    lost = [name for name, change in (("LR-PSNR", lr_psnr), ("HR-PSNR", hr_psnr)) if change < -GUARD_LIMIT]
+    bought = f" {' and '.join(lost)} fell too far: this gain was bought with fidelity." if lost else ""
     size = abs(excess.mean) / result.spread if result.spread > 0 else nan
     return (
         f"{result.name}, {result.steps} steps on {result.images} crops, {_effect(excess)}: gain minus control "
         f"{_gain(excess.mean)} ({_gain_interval(excess)}), which is {number(size)} standard deviations of the reward "
         f"over these photos. Control: the same run with {item.control_note}. The {_label(result.heldout)} moved by "
         f"{_gain(heldout.mean)} ({_gain_interval(heldout)}), LR-PSNR by "
-        f"{number(result.change('lr_psnr').mean, sign=True)} dB and HR-PSNR by "
-        f"{number(result.change('hr_psnr').mean, sign=True)} dB."
+        f"{number(lr_psnr, sign=True)} dB and HR-PSNR by {number(hr_psnr, sign=True)} dB.{bought}"
     )
 
 

@@ -40,10 +40,11 @@ class AlignmentConfig(TrainingArguments):
             "help": "decay of the averaged weights that are evaluated and saved, such as 0.99; null for no average"
         },
     )
-    anchor: Literal["reference", "lr_consistency", "hr", "none"] = field(
+    anchor: Literal["reference", "reference_lr", "lr_consistency", "hr", "none"] = field(
         default="reference",
         metadata={
-            "help": "what the SR image is held to: the frozen policy's image, the LR image, the HR image, or nothing"
+            "help": "what the SR image is held to: the frozen policy's image, that image downscaled (detail stays "
+            "free), the LR image, the HR image, or nothing"
         },
     )
     anchor_weight: float = field(default=1.0, metadata={"help": "weight of the anchor in the loss"})
@@ -78,7 +79,7 @@ class AlignmentConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("anchor", self.anchor, ("reference", "lr_consistency", "hr", "none"))
+        check_choice("anchor", self.anchor, ("reference", "reference_lr", "lr_consistency", "hr", "none"))
         check_choice("reward_aggregation", self.reward_aggregation, ("sum_then_normalize", "normalize_then_sum"))
         check_range("anchor_weight", self.anchor_weight, low=0.0)
         check_range("ema_decay", self.ema_decay, low=0.0, high=1.0, high_included=False)

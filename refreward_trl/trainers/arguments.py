@@ -79,8 +79,14 @@ class RewardArguments:
 
 @dataclass
 class JudgeArguments:
-    """How a trained judge is measured."""
+    """What a judge learns from, and how it is measured."""
 
+    artefacts: Literal["judge", "heldout"] = field(
+        default="judge",
+        metadata={
+            "help": "kinds of artefact in its groups: the default judge's, or those that only the held-out judge sees"
+        },
+    )
     test_pairs: int = field(
         default=200, metadata={"help": "pairs for each question of the summary's table; 0 leaves the table out"}
     )

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 IMAGE_COLUMNS = ("lr_image", "hr_image")
+REFERENCE_ANCHORS = ("reference", "reference_lr")
 AVERAGE_FILE = "ema.safetensors"
 GENERATOR_FOLDER = "generator"
 
@@ -200,12 +201,15 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         """Returns the weighted fidelity anchor of `image` `(B, 3, H, W)`, with its graph, and records `anchor`; 0
         without an anchor.
 
-        The anchor "reference" needs `batch["reference_image"]`, which `add_reference` puts there during the rollout.
+        The anchors "reference" and "reference_lr" need `batch["reference_image"]`, which `add_reference` puts there
+        during the rollout.
         """
         if not self.args.anchored:
             return image.new_zeros(())
         if self.args.anchor == "reference":
             distance = reference_anchor(image, batch["reference_image"])
+        elif self.args.anchor == "reference_lr":
+            distance = lr_consistency_anchor(image, downscale(batch["reference_image"], self.generator.scale))
         elif self.args.anchor == "hr":
             distance = fidelity_anchor(image, _required_hr(batch))
         else:
@@ -219,7 +223,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
             return
         with eval_mode(self.model_wrapped):
             batch["reference_mean"] = self.generator.reference_mean(z, cond, model=self.model_wrapped)
-        if self.args.anchored and self.args.anchor == "reference":
+        if self.args.anchored and self.args.anchor in REFERENCE_ANCHORS:
             image = self.generator.decode(batch["reference_mean"], cond)
             batch["reference_image"] = self.generator.postprocess(image, cond).clamp(0, 1)
 
@@ -409,7 +413,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         return self.generator.denoiser
 
     def _wants_reference(self, args: AlignmentConfig) -> bool:
-        return self.needs_reference or (args.anchored and args.anchor == "reference")
+        return self.needs_reference or (args.anchored and args.anchor in REFERENCE_ANCHORS)
 
     def _updates_per_block(self) -> int:
         """How many updates one block of samples is used for."""
@@ -524,7 +528,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
             raise SetupError(
                 f"{world_size} processes run, but the model is not wrapped: their weights would drift apart silently",
                 where="launch",
-                fix="on CPU set `use_cpu: true` beside `distributed_type: MULTI_GPU` in the accelerate YAML",
+                fix="on CPUs set use_cpu: true and ddp_backend: gloo in the configuration",
             )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self._guard is None:
             self._guard = DeepSpeedStepGuard(model, self.generator_parameters(), self._check_deepspeed_gradient)

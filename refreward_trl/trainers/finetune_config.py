@@ -13,7 +13,7 @@ from refreward_trl.trainers.alignment_config import AlignmentConfig, check_choic
 class SRFinetuneConfig(AlignmentConfig):
     """Configuration of supervised one-step training."""
 
-    anchor: Literal["reference", "lr_consistency", "hr", "none"] = field(
+    anchor: Literal["reference", "reference_lr", "lr_consistency", "hr", "none"] = field(
         default="none", metadata={"help": "an anchor beside the supervised loss, which is held to the HR image anyway"}
     )
     train_part: Literal["denoiser", "vae"] = field(

@@ -60,13 +60,15 @@ def column(name: str, accuracy: float) -> ColumnResult:
     return ColumnResult(name, estimate(outcomes, photos), outcomes, photos, ("noise",) * 40)
 
 
-def evidence(*, gain: float, heldout: float, hacked: tuple[float, float, float], projected: float = 0.85) -> Evidence:
+def evidence(
+    *, gain: float, heldout: float, hacked: tuple[float, float, float], projected: float = 0.85, lr_psnr: float = -0.1
+) -> Evidence:
     names = ("artefact", "severity", "unseen_artefact", "projected_artefact")
     own = {name: column(name, projected if "projected" in name else 0.95) for name in names}
     baselines = {baseline: {name: column(name, 0.7) for name in names} for baseline in BASELINES}
     start = rows(0, 0, 0)
     before = Run("generator", start, images(0))
-    run = Run("ReFL", rows(gain, heldout, -0.1), images(1), history(0.1, 0.01), "refreward refl")
+    run = Run("ReFL", rows(gain, heldout, lr_psnr), images(1), history(0.1, 0.01), "refreward refl")
     control = Run("ReFL, control", rows(0.001, 0, 0), images(2), history(0.0, 0.0))
     result = AlignmentResult("ReFL", "refreward", "heldout_judge", 20, 160, 9.0, before.rows, run.rows, control.rows)
     lr_images = {photo: image[:, ::4, ::4] for photo, image in images(3).items()}
@@ -115,6 +117,15 @@ def test_hacking_is_only_called_so_when_a_guard_fell() -> None:
     assert "held-out judge and LR-PSNR and HR-PSNR fell" in words(hacked, "hacking")
     innocent = demo_report(evidence(gain=0.4, heldout=0.1, hacked=(2.0, 0.5, 0.5)))
     assert "shows no hacking" in words(innocent, "hacking")
+
+
+def test_fidelity_that_was_sold_is_told() -> None:
+    fair = demo_report(evidence(gain=0.4, heldout=0.1, hacked=(1, 0, 0)))
+    sold = demo_report(evidence(gain=0.4, heldout=0.1, hacked=(1, 0, 0), lr_psnr=-2.0))
+    assert "bought with fidelity" not in words(fair, "alignment")
+    assert "LR-PSNR and HR-PSNR fell too far: this gain was bought with fidelity" in words(sold, "alignment")
+    tones = [next(h.tone for h in report.headlines if "fidelity" in h.label) for report in (fair, sold)]
+    assert tones == ["", "bad"]
 
 
 def test_a_judge_below_its_baselines_is_shown_as_such() -> None:

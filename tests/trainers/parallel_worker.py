@@ -126,13 +126,21 @@ SCENARIOS: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 
 
+def backend() -> dict[str, Any]:
+    """Several CPU processes talk over gloo; use_cpu makes accelerate wrap for DDP, and would switch DeepSpeed off."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return {"use_cpu": True}
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    return {"ddp_backend": "gloo"} if deepspeed else {"ddp_backend": "gloo", "use_cpu": True}
+
+
 def build(name: str, folder: Path) -> Any:
     kind, config, changes = SCENARIOS[name]
     settings = {"eval_steps": 3, "eval_on_start": True, "save_strategy": "no", **changes}
     args = config(
         output_dir=str(folder / name / "run"),
         disable_tqdm=True,
-        ddp_backend="gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        **backend(),
         lr_scheduler_type="constant",
         logging_steps=1,
         max_grad_norm=1e9,

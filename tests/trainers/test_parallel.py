@@ -37,9 +37,7 @@ def launch(config: str | None, output: Path, *scenarios: str) -> subprocess.Comp
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions")),
     }
     launcher = [sys.executable]
-    if config is None:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    else:
+    if config is not None:
         port = str(20000 + os.getpid() % 20000)
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
         launcher += ["--num_processes", "2", "--main_process_port", port]

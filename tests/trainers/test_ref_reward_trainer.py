@@ -202,7 +202,7 @@ def test_weights_that_are_not_finite_stop_the_run_before_the_step(tmp_path: Path
     with torch.no_grad():
         run.judge.model.lm_head.weight.fill_(torch.nan)
     frozen = {name: value.clone() for name, value in run.preference_model.state_dict().items()}
-    with pytest.raises(TrainingError, match=r"step 1, samples toy\d+, toy\d+, toy\d+, toy\d+"):
+    with pytest.raises(TrainingError, match=r"step 1, samples (toy\d+(, )?){4}: a score or the loss"):
         run.train()
     for name, value in run.preference_model.state_dict().items():
         assert torch.equal(value.nan_to_num(9), frozen[name].nan_to_num(9)), name
@@ -288,6 +288,12 @@ def test_ends_of_a_partial_order() -> None:
     best, worst = ends_of_order(pairs, 5)
     assert best.tolist() == [0, 5 + 1, 5 + 2]  # 4 never loses either, but 0 wins more often
     assert worst.tolist() == [3, 5 + 0]
+
+
+def test_ends_are_never_candidates_in_between() -> None:
+    best, worst = ends_of_order(torch.tensor([[[0, 1], [1, 2], [1, 3], [1, 4]]]), 5)
+    assert best.tolist() == [0]  # 1 wins more often, but loses to 0
+    assert worst.tolist() == [2, 3, 4]
 
 
 def test_ranks_of_a_complete_order_with_ties() -> None:
