@@ -105,14 +105,14 @@ class Failing:
 
 
 DDPO = {"num_generations": 4, "sigma": 0.5, "scale_rewards": "batch", "num_iterations": 2, "anchor_weight": 0.1}
-SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3}
+SGD = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 3}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6}
 SCENARIOS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "refl-sgd": (WatchedReFL, SRReFLConfig, SGD),
     "ddpo-sgd": (WatchedDDPO, SRDDPOConfig, {**SGD, **DDPO}),
     "refl-adamw": (WatchedReFL, SRReFLConfig, ADAMW),
     "ddpo-adamw": (WatchedDDPO, SRDDPOConfig, {**ADAMW, **DDPO}),
-    "vae-sgd": (WatchedFinetune, SRFinetuneConfig, {**SGD, "train_part": "vae", "learning_rate": 0.01}),
+    "vae-sgd": (WatchedFinetune, SRFinetuneConfig, {**SGD, "train_part": "vae", "learning_rate": 0.1}),
     "unwrapped": (Unwrapped, SRReFLConfig, SGD),
     "unwrapped-unchecked": (Unwrapped, SRReFLConfig, {**SGD, "self_check": False}),
     "nan": (NotANumber, SRReFLConfig, SGD),

@@ -107,7 +107,7 @@ def test_hr_anchor_without_hr_images_is_refused(
         trainer.train()
 
 
-@pytest.mark.parametrize("anchor", ["hr", "lr_consistency", "none"])
+@pytest.mark.parametrize("anchor", ["hr", "lr_consistency", "reference_lr", "none"])
 def test_other_anchors_train(make_trainer: Callable[..., SRReFLTrainer], anchor: str) -> None:
     trainer = make_trainer(anchor=anchor, max_steps=1)
     trainer.train()
