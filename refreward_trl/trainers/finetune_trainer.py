@@ -128,7 +128,7 @@ class SRFinetuneTrainer(AlignmentTrainer):
         enlarged = cond.upsampled[..., :height, :width]
         images = torch.cat([batch["hr_image"], enlarged])
         raw = generator.encode_image(images) / generator.config.latent_scale
-        deviation = raw.std(dim=(0, 2, 3), keepdim=True)
+        deviation = raw.std(dim=(2, 3), keepdim=True)
         noise = [
             torch.randn(raw.shape[1:], generator=self._jitter_source(kind, sample_id))
             for kind in ("hr", "lr")
