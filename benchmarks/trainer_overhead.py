@@ -129,11 +129,13 @@ class GeneratorLoop(BareLoop):
         image = self.generator.decode(self.generator.reference_mean(z, cond), cond)
         return self.generator.postprocess(image, cond).clamp(0, 1)
 
-    def anchor(self, image: Tensor, reference: Tensor) -> Tensor:
-        """Distance to the reference's image, of all pixels or of what is left of them at LR resolution."""
-        if self.config.anchor == "reference_lr":
-            image, reference = (downscale(each, self.generator.scale) for each in (image, reference))
-        return self.config.anchor_weight * F.l1_loss(image, reference)
+    def anchor(self, image: Tensor, reference: Tensor, lr_image: Tensor) -> Tensor:
+        """Distance to the reference's image: of all pixels, or the drift at LR resolution in units of its LR error."""
+        if self.config.anchor == "reference":
+            return self.config.anchor_weight * F.l1_loss(image, reference)
+        now, target = (downscale(each, self.generator.scale) for each in (image, reference))
+        allowed = (target - lr_image).square().mean(dim=(1, 2, 3)).clamp(min=1e-5)
+        return self.config.anchor_weight * ((now - target).square().mean(dim=(1, 2, 3)) / allowed).mean()
 
     def image_of(self, mean: Tensor, cond: Any) -> Tensor:
         """The image of a predicted latent, clamped, with its graph."""
@@ -154,7 +156,7 @@ class ReFLLoop(GeneratorLoop):
             cond, z = self.start(lr_image)
             reference = self.reference_image(z, cond)
         image = self.image_of(self.generator.predict(z, cond), cond)
-        return -self.config.reward_weight * self.score(image, lr_image).mean() + self.anchor(image, reference)
+        return -self.config.reward_weight * self.score(image, lr_image).mean() + self.anchor(image, reference, lr_image)
 
 
 class DDPOLoop(GeneratorLoop):
@@ -182,7 +184,7 @@ class DDPOLoop(GeneratorLoop):
         ratio = (self._policy(mean).log_prob(candidates, config.log_prob_reduction) - old).exp()
         clip = config.effective_clip_range
         gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-        return -gain.mean() + self.anchor(self.image_of(mean, cond), reference)
+        return -gain.mean() + self.anchor(self.image_of(mean, cond), reference, lr_image)
 
     def _policy(self, mean: Tensor) -> Any:
         config = self.config

@@ -29,7 +29,7 @@ from refreward_trl.data.collators import collate_pairs
 from refreward_trl.errors import ConfigError, DataError, RefRewardError, RewardError, SetupError, TrainingError
 from refreward_trl.generators import load_generator
 from refreward_trl.generators.base import Condition, Generator
-from refreward_trl.objectives.anchors import fidelity_anchor, lr_consistency_anchor, reference_anchor
+from refreward_trl.objectives.anchors import fidelity_anchor, lr_consistency_anchor, lr_drift_anchor, reference_anchor
 from refreward_trl.randomness import stateless_generator, stateless_seed
 from refreward_trl.resampling import downscale
 from refreward_trl.rewards import load_reward
@@ -209,7 +209,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         if self.args.anchor == "reference":
             distance = reference_anchor(image, batch["reference_image"])
         elif self.args.anchor == "reference_lr":
-            distance = lr_consistency_anchor(image, downscale(batch["reference_image"], self.generator.scale))
+            distance = lr_drift_anchor(image, batch["reference_image"], batch["lr_image"])
         elif self.args.anchor == "hr":
             distance = fidelity_anchor(image, _required_hr(batch))
         else:

@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from refreward_trl.errors import DataError
-from refreward_trl.objectives.anchors import fidelity_anchor, lr_consistency_anchor, reference_anchor
+from refreward_trl.objectives.anchors import (
+    LEAST_LR_ERROR,
+    fidelity_anchor,
+    lr_consistency_anchor,
+    lr_drift_anchor,
+    reference_anchor,
+)
 from refreward_trl.resampling import downscale
 
 
@@ -31,6 +37,30 @@ def test_lr_consistency_leaves_fine_detail_free() -> None:
     assert lr_consistency_anchor(changed, downscale(image(), 4)) < 0.02
 
 
+def test_lr_drift_counts_in_units_of_each_images_own_lr_error() -> None:
+    reference = image()
+    errors = torch.tensor([0.02, 0.2]).view(2, 1, 1, 1)
+    lr_image = downscale(reference, 4) + errors
+    drifted = reference + errors * 0.5
+    torch.testing.assert_close(lr_drift_anchor(drifted, reference, lr_image), torch.tensor(0.25))
+    assert lr_drift_anchor(reference, reference, lr_image) == 0
+
+
+def test_lr_drift_does_not_explode_where_the_reference_is_exact() -> None:
+    reference = image()
+    drift = lr_drift_anchor(reference + 0.01, reference, downscale(reference, 4))
+    torch.testing.assert_close(drift, torch.tensor(1e-4 / LEAST_LR_ERROR))
+
+
+def test_lr_drift_bounds_the_growth_of_the_lr_error() -> None:
+    generator = torch.Generator().manual_seed(5)
+    reference = image()[:1]
+    lr_image = downscale(reference, 4) + 0.05 * torch.randn(1, 3, 4, 6, generator=generator)
+    changed = reference + 0.02 * torch.randn(reference.shape, generator=generator)
+    before, after = ((downscale(each, 4) - lr_image).square().mean().sqrt() for each in (reference, changed))
+    assert after / before <= 1 + lr_drift_anchor(changed, reference, lr_image).sqrt()  # triangle inequality
+
+
 @pytest.mark.parametrize(
     ("anchor", "target"), [(reference_anchor, image(1)), (lr_consistency_anchor, downscale(image(1), 4))]
 )
@@ -46,3 +76,7 @@ def test_images_that_do_not_belong_together_are_refused() -> None:
         reference_anchor(image(), image()[:1])
     with pytest.raises(DataError, match="size"):
         lr_consistency_anchor(image(), torch.rand(2, 3, 4, 5))
+    with pytest.raises(DataError, match="cannot compare"):
+        lr_drift_anchor(image(), image()[:1], downscale(image(), 4))
+    with pytest.raises(DataError, match="size"):
+        lr_drift_anchor(image(), image(), torch.rand(2, 3, 4, 5))
