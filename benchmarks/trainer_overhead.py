@@ -156,7 +156,9 @@ class ReFLLoop(GeneratorLoop):
             cond, z = self.start(lr_image)
             reference = self.reference_image(z, cond)
         image = self.image_of(self.generator.predict(z, cond), cond)
-        return -self.config.reward_weight * self.score(image, lr_image).mean() + self.anchor(image, reference, lr_image)
+        return -self.config.reward_weight * self.score(image, lr_image).mean() + self.anchor(
+            image, reference, lr_image
+        )
 
 
 class DDPOLoop(GeneratorLoop):

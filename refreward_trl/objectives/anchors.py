@@ -40,7 +40,7 @@ def lr_consistency_anchor(image: Float[Tensor, "b 3 H W"], lr_image: Float[Tenso
 def lr_drift_anchor(
     image: Float[Tensor, "b 3 H W"], reference_image: Float[Tensor, "b 3 H W"], lr_image: Float[Tensor, "b 3 h w"]
 ) -> Float[Tensor, ""]:
-    """Returns how far the downscaled image drifted from the downscaled reference, in units of the reference's LR error.
+    """Returns how far the downscaled image drifted from the reference's, in units of the reference's LR error.
 
     Per image `|down(x) - down(ref)|^2 / |down(ref) - lr|^2`, then the mean. Detail above the LR's resolution stays
     free, and what the reference rightly does not imitate (noise, JPEG blocks) stays removed. An absolute distance lets
