@@ -1,0 +1,163 @@
+"""Breaks the code in twelve ways, one at a time, and checks that a test notices each.
+
+    python tests/mutants.py [name ...]
+
+Not collected by pytest: run it by hand after changing a test or one of the places below. Every mutant is made in a
+copy of the working tree, so the tree itself is never touched. Exits with 1 if a mutant survives, or if its place has
+moved.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_COPIED = shutil.ignore_patterns(".venv", ".git", ".cache", "runs", "__pycache__", "*.egg-info")
+TESTS_FAILED = 1
+"""Exit code of pytest; 2 and above mean that it did not get to run them."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: `wrong` in the place of `right`, which stands exactly once in `file`; `tests` must notice it."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant(
+        "no gradient sync",
+        "refreward_trl/trainers/base.py",
+        "self.objective(model, inputs)",
+        'self.objective(getattr(model, "module", model), inputs)',
+        "tests/trainers/test_parallel.py::test_ddp_equals_one_process",
+    ),
+    Mutant(
+        "LR ignored by the judge",
+        "refreward_trl/reward_model/scoring.py",
+        "judge_inputs(lr_image, sr_image, self.spec, self.prompt)",
+        "judge_inputs(0 * lr_image, sr_image, self.spec, self.prompt)",
+        "tests/reward_model/test_scoring.py",
+    ),
+    Mutant(
+        "0.0 for NaN",
+        "refreward_trl/rewards/composite.py",
+        "    return values\n\n\ndef nan_std",
+        "    return values.nan_to_num(0.0)\n\n\ndef nan_std",
+        "tests/rewards/test_composite.py",
+    ),
+    Mutant(
+        "advantages not centred",
+        "refreward_trl/objectives/policy_gradient.py",
+        "centred = _masked(rewards - mean, scored)",
+        "centred = _masked(rewards, scored)",
+        "tests/objectives/test_policy_gradient.py",
+    ),
+    Mutant(
+        "adapter not switched off in the reference",
+        "refreward_trl/generators/base.py",
+        "with _scaled_to_zero(list(self._policy_layers())):",
+        "with _scaled_to_zero([]):",
+        "tests/generators/test_base.py",
+    ),
+    Mutant(
+        "global RNG used",
+        "refreward_trl/generators/policies.py",
+        "torch.randn(shape, generator=generator)",
+        "torch.randn(shape)",
+        "tests/generators/test_policies.py",
+    ),
+    Mutant(
+        "decode clamped",
+        "refreward_trl/generators/epsilon.py",
+        ".sample.float() / 2 + 0.5",
+        ".sample.float().clamp(-1, 1) / 2 + 0.5",
+        "tests/generators/test_epsilon.py",
+    ),
+    Mutant(
+        "hash check skipped",
+        "refreward_trl/checkpointing.py",
+        'if _sha256(path) != expected["sha256"]:',
+        "if False:",
+        "tests/test_checkpointing.py",
+    ),
+    Mutant(
+        "wrong group key",
+        "refreward_trl/trainers/ddpo_trainer.py",
+        "table.total.unflatten(0, (-1, self.args.num_generations))",
+        "table.total.unflatten(0, (self.args.num_generations, -1)).T",
+        "tests/trainers/test_ddpo_trainer.py",
+    ),
+    Mutant(
+        "wrong sign",
+        "refreward_trl/objectives/policy_gradient.py",
+        "loss=-(weights * objective).mean()",
+        "loss=(weights * objective).mean()",
+        "tests/objectives/test_policy_gradient.py",
+    ),
+    Mutant(
+        "stale old log-probs",
+        "refreward_trl/trainers/ddpo_trainer.py",
+        'batch["old_log_prob"] = policy.log_prob(batch["candidates"], self.args.log_prob_reduction)',
+        'batch["old_log_prob"] = self.__dict__.setdefault(\n'
+        '            "stale", policy.log_prob(batch["candidates"], self.args.log_prob_reduction)\n'
+        "        )",
+        "tests/trainers/test_ddpo_trainer.py",
+    ),
+    Mutant(
+        "EMA not restored",
+        "refreward_trl/trainers/base.py",
+        "self.average.load_state_dict(safetensors.torch.load_file(path), where=str(path))",
+        "safetensors.torch.load_file(path)",
+        "tests/trainers/test_base.py",
+    ),
+)
+
+
+def is_caught(mutant: Mutant, tree: Path) -> tuple[bool, str]:
+    """Whether a test fails on the mutant in `tree`, which is mended again, and the line that says so."""
+    path = tree / mutant.file
+    source = path.read_text()
+    if source.count(mutant.right) != 1:
+        return False, f"{mutant.right!r} stands {source.count(mutant.right)} times in {mutant.file}, not once"
+    path.write_text(source.replace(mutant.right, mutant.wrong))
+    try:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
+        run = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    finally:
+        path.write_text(source)
+    lines = run.stdout.strip().splitlines() or run.stderr.strip().splitlines() or ["no output"]
+    failed = [line for line in lines if line.startswith("FAILED")]
+    return run.returncode == TESTS_FAILED, (failed or lines)[-1]
+
+
+def main(names: list[str]) -> int:
+    """Runs the named mutants, or all; returns the exit code."""
+    unknown = sorted(set(names) - {mutant.name for mutant in MUTANTS})
+    if unknown:
+        print(f"error: no mutant {unknown[0]!r}; fix: use one of {', '.join(mutant.name for mutant in MUTANTS)}")
+        return 2
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
+        for mutant in chosen:
+            caught, line = is_caught(mutant, tree)
+            survived += not caught
+            print(f"{'caught  ' if caught else 'SURVIVED'}  {mutant.name}: {line}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
