@@ -52,9 +52,9 @@ class DemoSettings:
     seed: int = 0
     pairs: int = 60
     photos: int | None = None
-    steps_refl: int = 36
+    steps_refl: int = 32
     steps_ddpo: int = 20
-    steps_hacking: int = 24
+    steps_hacking: int = 18
     refl_recipe: str = "tiny/refl"
     ddpo_recipe: str = "tiny/ddpo"
     crop_size: int = 128
