@@ -329,8 +329,8 @@ def _lead(evidence: Evidence) -> str:
 
 def _caveats(evidence: Evidence) -> list[str]:
     return [
-        "The judge learnt constructed and metric-derived preferences: the order is known from how each image was made "
-        "or measured. Nobody was asked what looks better.",
+        "The judge learnt constructed preferences: the order is known from how each image was made. "
+        "Nobody was asked what looks better.",
         "Generator and judge are small default weights trained on a few dozen photos. They show how the method "
         "behaves, not how good it can get; nothing here is verified on the released RefReward-SR weights.",
         f"These are short runs and {len(evidence.photos)} photos. An interval that holds zero means: not shown.",
