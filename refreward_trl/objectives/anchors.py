@@ -44,8 +44,9 @@ def lr_drift_anchor(
 
     Per image `|down(x) - down(ref)|^2 / |down(ref) - lr|^2`, then the mean. Detail above the LR's resolution stays
     free, and what the reference rightly does not imitate (noise, JPEG blocks) stays removed. An absolute distance lets
-    clean images drift by many times their error before it notices; here a drift of 0.1 costs each image
-    `10 log10(1.1) = 0.4` dB of PSNR to its LR image if it is independent of the LR error, and at most 2.4 dB. The LR error counts as at least 50 dB: below that lies rounding.
+    clean images drift by many times their error before it notices. A drift of 0.1 costs an image
+    `10 log10(1.1) = 0.4` dB of PSNR to its LR image if it is independent of the LR error, and at most 2.4 dB. The LR
+    error counts as at least 50 dB: below that lies rounding.
 
     Raises:
         DataError: If the shapes differ, or the image is not a whole multiple of the LR image.
