@@ -31,6 +31,7 @@ BOUNDS = {
     "dataloader_prefetch_factor": ">= 1",
     "ddp_timeout": "> 0",
     "ema_decay": "> 0, < 1",
+    "distillation_weight": ">= 0",
     "eval_accumulation_steps": ">= 1",
     "eval_delay": ">= 0",
     "eval_groups": ">= 1",

@@ -151,7 +151,14 @@ def finetune(recipe: Recipe) -> None:
 
 def train_judge(recipe: Recipe) -> None:
     """Runs `rm`: writes the judge to `output_dir/judge` and its table's figures to `summary.json`."""
-    from refreward_trl.data.candidates import EVALUATION_COLUMNS, HELDOUT_KINDS, JUDGE_KINDS, constructed_pairs
+    from refreward_trl.data.candidates import (
+        EVALUATION_COLUMNS,
+        HELDOUT_KINDS,
+        JUDGE_KINDS,
+        PAINTED_KIND,
+        PAINTED_SHARE,
+        constructed_pairs,
+    )
     from refreward_trl.evaluation.reward_benchmark import benchmark_judge
     from refreward_trl.reward_model.conv import ConvJudge
     from refreward_trl.trainers.arguments import DataArguments, JudgeArguments
@@ -162,7 +169,10 @@ def train_judge(recipe: Recipe) -> None:
     data = build_arguments(DataArguments, recipe.values)
     judged = build_arguments(JudgeArguments, recipe.values)
     kinds = HELDOUT_KINDS if judged.artefacts == "heldout" else JUDGE_KINDS
-    make_groups = functools.partial(_groups, data, kinds)
+    taught, painted_share = kinds, PAINTED_SHARE
+    if judged.artefacts == "unpainted":
+        taught, painted_share = tuple(kind for kind in kinds if kind != PAINTED_KIND), 0.0
+    make_groups = functools.partial(_groups, data, taught, painted_share)
     trainer = RefRewardTrainer(
         args=config,
         train_dataset=make_groups(data.dataset, data.dataset_split, config.max_groups, config.seed),
@@ -190,7 +200,9 @@ def train_judge(recipe: Recipe) -> None:
     write_summary(folder, recipe, figures, {**facts, "seed": config.seed, "versions": _versions()})
 
 
-def _groups(data: DataArguments, kinds: Sequence[str], source: str, split: str, count: int, seed: int) -> Any:
+def _groups(
+    data: DataArguments, kinds: Sequence[str], painted_share: float, source: str, split: str, count: int, seed: int
+) -> Any:
     from refreward_trl.data.candidates import constructed_group
     from refreward_trl.data.preferences import GroupDataset
 
@@ -201,6 +213,7 @@ def _groups(data: DataArguments, kinds: Sequence[str], source: str, split: str, 
         crop_size=data.crop_size,
         scale=data.scale,
         kinds=kinds,
+        painted_share=painted_share,
         degradations=tuple(dict.fromkeys(("bicubic", data.degradation))),
     )
     # Building a group costs about as much as scoring it: each is built once.

@@ -126,6 +126,44 @@ def _painting(image: Tensor, severity: float, generator: Generator, other: Tenso
     return torch.lerp(image, median, 0.4 + 0.6 * severity)
 
 
+def _neighbours(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the pixels to the right, left, below and above, mirrored at the borders."""
+    padded = F.pad(image[None], (1,) * 4, mode="reflect")[0]
+    return padded[:, 1:-1, 2:], padded[:, 1:-1, :-2], padded[:, 2:, 1:-1], padded[:, :-2, 1:-1]
+
+
+def _diffuse(image: Tensor, edge: float, steps: int) -> Tensor:
+    """Perona-Malik diffusion: evens out what is weaker than `edge` and leaves stronger edges alone."""
+    for _ in range(steps):
+        flows = [pixels - image for pixels in _neighbours(image)]
+        image = image + 0.2 * sum(flow * torch.exp(-((flow.mean(0, keepdim=True) / edge) ** 2)) for flow in flows)
+    return image
+
+
+def _shock(image: Tensor, sigma: float, steps: int) -> Tensor:
+    """A shock filter (Osher and Rudin): pulls ramps apart into edges at the zeros of the Laplacian."""
+    for _ in range(steps):
+        grey = gaussian_blur(image, sigma).mean(0, keepdim=True)
+        curvature = sum(_neighbours(grey)) - 4 * grey
+        right, left, below, above = _neighbours(image)
+        slope = torch.hypot(_minmod(right - image, image - left), _minmod(below - image, image - above))
+        image = image - 0.5 * torch.tanh(200 * curvature) * slope
+    return image
+
+
+def _minmod(first: Tensor, second: Tensor) -> Tensor:
+    return torch.where(first * second > 0, first.sign() * torch.minimum(first.abs(), second.abs()), 0.0)
+
+
+def _flatten(image: Tensor, severity: float, generator: Generator, other: Tensor) -> Tensor:
+    """Clean edges around flat paint: how adversarially trained networks draw texture that they cannot see."""
+    shock_sigma, shock_steps = uniform(generator, 0.8, 2.0), integer(generator, 0, 16)
+    crispness, softness = uniform(generator, 0, 1.2), uniform(generator, 0.3, 0.7)
+    flat = _diffuse(image, 0.02 + 0.08 * severity, 8 + round(16 * severity))
+    flat = gaussian_blur(_shock(flat, shock_sigma, shock_steps), softness)
+    return torch.lerp(image, flat + crispness * (flat - gaussian_blur(flat, 1.2)), 0.5 + 0.5 * severity)
+
+
 def _warp(image: Tensor, severity: float, generator: Generator, other: Tensor) -> Tensor:
     height, width = image.shape[1:]
     coarse = torch.randn(1, 2, max(3, height // 10), max(3, width // 10), generator=generator)
@@ -165,6 +203,19 @@ def _speckle(image: Tensor, severity: float, generator: Generator, other: Tensor
     return image * (1 + torch.randn(image.shape[1:], generator=generator) * (0.08 + 0.4 * severity))
 
 
+def _kuwahara(image: Tensor, severity: float, generator: Generator, other: Tensor) -> Tensor:
+    """A Kuwahara filter: each pixel takes the mean of the most even of the four squares that touch it."""
+    side = 2 + round(3 * severity)
+    padded = F.pad(image[None], (side - 1,) * 4, mode="reflect")
+    means = F.avg_pool2d(padded, side, stride=1)[0]
+    spreads = F.avg_pool2d(padded.square(), side, stride=1)[0] - means.square()
+    height, width = image.shape[1:]
+    corners = [(top, left) for top in (0, side - 1) for left in (0, side - 1)]
+    views = [(slice(None), slice(top, top + height), slice(left, left + width)) for top, left in corners]
+    chosen = torch.stack([spreads[view].sum(0) for view in views]).argmin(0)
+    return torch.stack([means[view] for view in views]).gather(0, chosen.expand(1, 3, height, width))[0]
+
+
 def _pixelate(image: Tensor, severity: float, generator: Generator, other: Tensor) -> Tensor:
     block = 2 + round(3 * severity)
     size = [max(1, side // block) for side in image.shape[1:]]
@@ -188,18 +239,25 @@ ARTEFACTS: dict[str, Artefact] = {
     "colour": _colour,
     "shift": _shift,
     "painting": _painting,
+    "flatten": _flatten,
     "warp": _warp,
     "checkerboard": _checkerboard,
     "motion_blur": _motion_blur,
     "ringing": _ringing,
     "posterize": _posterize,
     "speckle": _speckle,
+    "kuwahara": _kuwahara,
     "pixelate": _pixelate,
     "stripes": _stripes,
 }
-JUDGE_KINDS = ("blur", "noise", "jpeg", "oversharpen", "hallucination", "colour", "shift", "painting", "warp")
+JUDGE_KINDS = (
+    *("blur", "noise", "jpeg", "oversharpen", "hallucination", "colour", "shift", "painting", "flatten", "warp"),
+)
 """What the default judge is trained on."""
-HELDOUT_KINDS = ("motion_blur", "ringing", "posterize", "speckle", "pixelate", "stripes")
+PAINTED_KIND = "flatten"
+PAINTED_SHARE = 0.5
+"""Share of groups whose restored candidate is drawn as flat paint."""
+HELDOUT_KINDS = ("motion_blur", "ringing", "posterize", "speckle", "kuwahara", "pixelate", "stripes")
 """What the held-out judge is trained on: kinds that the default judge never sees."""
 UNSEEN_KIND = "checkerboard"
 """Trained on by neither; the test of generalisation."""
@@ -318,18 +376,21 @@ def constructed_group(
     kinds: Sequence[str] = JUDGE_KINDS,
     degradations: Sequence[str] = ("bicubic", "seesr"),
     projected_share: float = 0.6,
+    painted_share: float = PAINTED_SHARE,
     restore: Callable[[Tensor], Tensor] | None = None,
 ) -> PreferenceGroup:
     """Builds group `index`: one LR image and 12 candidates ordered by construction (`GROUP_PAIRS`).
 
     Candidates: 0 the HR image; 1, 2 one artefact mild and severe; 3, 4 another; 5 is 1 with one more; 6 slight blur;
     7 another crop; 8 pasted detail; 9 the upsampled LR image (sharpened in a third of the groups); 11 a restored image
-    (`restore(lr_image)`, or the smoothed upsampled LR image) and 10 the same moved towards the HR image.
+    (`restore(lr_image)`, or the upsampled LR image, smoothed or drawn as flat paint with clean edges) and 10 the same
+    moved towards the HR image.
 
     Args:
         photos: uint8 `(3, H, W)` by name, at least two.
         index: Group number; the group is a pure function of `(seed, index)` and the photos.
         projected_share: Share of groups whose artefacts are back-projected onto the HR image's low-resolution content.
+        painted_share: Share of groups whose restored candidate is flat paint; without effect with `restore`.
         restore: Optional SR method, float `(1, 3, h, w)` -> `(1, 3, H, W)`.
     """
     names = sorted(photos)
@@ -353,7 +414,7 @@ def constructed_group(
     shown = upsampled
     if uniform(draws, 0, 1) < 0.3:
         shown = (upsampled + uniform(draws, 1, 3) * (upsampled - gaussian_blur(upsampled, 1.5))).clamp(0, 1)
-    restored = restore(lr_image[None])[0] if restore else gaussian_blur(upsampled, uniform(draws, 0.5, 1.5))
+    restored = restore(lr_image[None])[0] if restore else _restored(upsampled, painted_share, draws)
     improved = torch.lerp(restored, hr_image, uniform(draws, 0.15, 0.6))
 
     if uniform(draws, 0, 1) < projected_share:
@@ -371,6 +432,15 @@ def constructed_group(
         kinds=("hr", first, first, second, second, third, "slight_blur", "other_crop", "pasted_detail", "upsampled",
                "improved", "restored"),
     )  # fmt: skip
+
+
+def _restored(upsampled: Tensor, painted_share: float, draws: Generator) -> Tensor:
+    if uniform(draws, 0, 1) >= painted_share:
+        return gaussian_blur(upsampled, uniform(draws, 0.5, 1.5))
+    edge, steps = uniform(draws, 0.01, 0.05), integer(draws, 4, 16)
+    painted = _shock(_diffuse(upsampled, edge, 12), uniform(draws, 1, 2.2), steps)
+    painted = gaussian_blur(painted, uniform(draws, 0.3, 0.8))
+    return torch.lerp(upsampled, painted, uniform(draws, 0.5, 1.3)).clamp(0, 1)
 
 
 def constructed_pairs(

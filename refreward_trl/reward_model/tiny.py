@@ -1,4 +1,4 @@
-"""A judge of about 1.25 M parameters in a stock Qwen2.5-VL class, small enough to train on a CPU.
+"""A judge of about 1.6 M parameters in a stock Qwen2.5-VL class, small enough to train on a CPU.
 
 What makes it trainable from scratch is the start of the patch embedding: LR and SR image are the two frames of one
 clip, and the first rows compute the whitened DCT of their difference, of the SR image, of the colour difference and of
@@ -70,7 +70,7 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_tiny_judge(
     *,
-    vision_dim: int = 128,
+    vision_dim: int = 160,
     vision_depth: int = 2,
     vision_heads: int = 4,
     text_dim: int = 160,

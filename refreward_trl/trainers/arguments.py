@@ -81,10 +81,11 @@ class RewardArguments:
 class JudgeArguments:
     """What a judge learns from, and how it is measured."""
 
-    artefacts: Literal["judge", "heldout"] = field(
+    artefacts: Literal["judge", "unpainted", "heldout"] = field(
         default="judge",
         metadata={
-            "help": "kinds of artefact in its groups: the default judge's, or those that only the held-out judge sees"
+            "help": "kinds of artefact in its groups: the default judge's, these without flat paint, or those that "
+            "only the held-out judge sees"
         },
     )
     test_pairs: int = field(

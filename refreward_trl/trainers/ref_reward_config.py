@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,6 +50,15 @@ class RefRewardConfig(TrainingArguments):
         default=0.04,
         metadata={"help": "weight of the pull of the best candidate to the top rating and of the worst to the lowest"},
     )
+    teachers: list[str] | None = field(
+        default=None, metadata={"help": "folders of trained judges whose mean score is learned beside the order"}
+    )
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "weight of each teacher in the mean; equal by default"}
+    )
+    distillation_weight: float = field(
+        default=3.0, metadata={"help": "weight of the distance to the teachers' scores; the order itself has 1"}
+    )
     augment: bool = field(default=True, metadata={"help": "flip and turn whole groups at random"})
     max_groups: int = field(default=3000, metadata={"help": "training groups to construct"})
     eval_groups: int = field(default=64, metadata={"help": "evaluation groups to construct"})
@@ -58,6 +68,9 @@ class RefRewardConfig(TrainingArguments):
         check_choice("loss_type", self.loss_type, ("pairwise", "listwise"))
         check_range("temperature", self.temperature, low=0.0, low_included=False)
         check_range("center_rewards_coefficient", self.center_rewards_coefficient, low=0.0)
+        if self.teacher_weights is not None:
+            _check_weights(self.teacher_weights, count=len(self.teachers or ()))
+        check_range("distillation_weight", self.distillation_weight, low=0.0)
         check_range("max_groups", self.max_groups, low=1)
         check_range("eval_groups", self.eval_groups, low=1)
         if self.remove_unused_columns:
@@ -67,3 +80,12 @@ class RefRewardConfig(TrainingArguments):
                 fix="leave it false",
             )
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
+
+def _check_weights(weights: list[float], *, count: int) -> None:
+    if len(weights) != count:
+        raise ConfigError(
+            f"{len(weights)} weights for {count} teachers", where="teacher_weights", fix="give one per teacher"
+        )
+    if not all(weight >= 0 and math.isfinite(weight) for weight in weights) or sum(weights) == 0:
+        raise ConfigError(f"{weights} cannot be weights of a mean", where="teacher_weights", fix="use numbers above 0")

@@ -23,7 +23,9 @@ from refreward_trl.objectives.preference import centering_penalty, listwise_loss
 from refreward_trl.reward_model.conv import CONFIG_FILE, ConvJudge
 from refreward_trl.reward_model.loading import load_judge
 from refreward_trl.reward_model.scoring import RateJudge, batched_vision_attention
+from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.tiny import build_tiny_judge
+from refreward_trl.trainers.distillation import Teachers
 from refreward_trl.trainers.recorder import MetricRecorder
 from refreward_trl.trainers.ref_reward_batches import (
     GroupBatch,
@@ -36,6 +38,9 @@ from refreward_trl.trainers.ref_reward_batches import (
 )
 from refreward_trl.trainers.ref_reward_config import RefRewardConfig
 from refreward_trl.types import LossOutput
+
+NEW_JUDGE_TILE = 64
+"""Tile of the judge `"new"` in pixels: small enough to learn from thousands of groups on a CPU."""
 
 
 class PreferenceModel(nn.Module):
@@ -100,8 +105,10 @@ class RefRewardTrainer(Trainer):
         eval_dataset: Groups to evaluate on.
         callbacks: As in `transformers.Trainer`.
 
+    With `RefRewardConfig.teachers` the judge learns the scores of trained ones as well; see `Teachers`.
+
     Raises:
-        SetupError: Several GPUs without a launcher.
+        SetupError: Several GPUs without a launcher, or a teacher whose scores do not differ.
     """
 
     args: RefRewardConfig
@@ -134,6 +141,7 @@ class RefRewardTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
+        self.teachers = self._open_teachers(args, train_dataset)
         self._recorder = MetricRecorder()
         self._update_ids: list[str] = []
         self.add_callback(_GradientGuard(self))
@@ -164,6 +172,10 @@ class RefRewardTrainer(Trainer):
             inputs = self._augmented(inputs)
         scores, temperature = score_groups(model, inputs)
         output = self._objective(scores, temperature, inputs)
+        if model.training and self.teachers is not None:
+            distance = self.teachers.loss(scores, inputs)
+            output.loss = output.loss + self.args.distillation_weight * distance
+            output.metrics["distillation_loss"] = distance.detach()
         finite = bool(output.loss.isfinite()) and bool(scores.isfinite().all())
         self._stop_unless_finite(finite, "a score or the loss", inputs["sample_id"])
         if model.training:
@@ -225,6 +237,14 @@ class RefRewardTrainer(Trainer):
                 state[name] = value.clone()
             seen.add(value.data_ptr())
         super()._save(output_dir, state)
+
+    def _open_teachers(self, args: RefRewardConfig, groups: Dataset | None) -> Teachers | None:
+        if not args.teachers:
+            return None
+        if groups is None:
+            raise SetupError("teachers need training groups", where="train_dataset", fix="pass a train_dataset")
+        judges = [open_judge(source, seed=args.seed) for source in args.teachers]
+        return Teachers(judges, groups, weights=args.teacher_weights, student=self.judge, device=args.device)
 
     def _fast_attention(self) -> Any:
         network = self.judge.model if isinstance(self.judge, RateJudge) else None
@@ -325,7 +345,7 @@ def open_judge(source: RateJudge | ConvJudge | str, *, seed: int) -> RateJudge |
     if not isinstance(source, str):
         return source
     makers: dict[str, Callable[[], RateJudge | ConvJudge]] = {
-        "new": lambda: build_tiny_judge(seed=seed),
+        "new": lambda: build_tiny_judge(seed=seed, spec=JudgeSpec(tile=NEW_JUDGE_TILE)),
         "conv": lambda: ConvJudge(seed=seed),
     }
     if source in makers:

@@ -24,8 +24,9 @@ def contrast_without_graph(*, completions, lr_image, **columns):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with three photos of 96 px, a small untrained generator, and a user's file of rewards."""
+    """A folder with three photos of 96 px, an untrained generator and teacher, and a user's file of rewards."""
     from refreward_trl.generators.tiny import build_tiny_generator
+    from refreward_trl.reward_model.conv import ConvJudge
 
     folder = tmp_path_factory.mktemp("place")
     generator = torch.Generator().manual_seed(0)
@@ -33,6 +34,7 @@ def place(tmp_path_factory) -> Path:
         photo = torch.rand(3, 12, 12, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
         write_png(folder / "photos" / f"{name}.png", to_uint8(photo))
     build_tiny_generator(vae_width=8, unet_channels=(8, 16)).save_pretrained(folder / "generator")
+    ConvJudge(widths=(8, 16), hidden=8).save_pretrained(folder / "teacher")
     (folder / "my_cli_rewards.py").write_text(REWARDS_FILE)
     return folder
 
@@ -189,6 +191,8 @@ def test_every_packaged_recipe_runs_two_steps(place, run, name):
         words += ["--generator", "generator"]
     if recipe.method == "rm":
         words += ["--max_groups", "4", "--eval_groups", "1", "--test_pairs", "2"]
+    if teachers := recipe.values.get("teachers"):
+        words += ["--teachers", json.dumps(["teacher"] * len(teachers))]
     if recipe.method == "ddpo":
         words += ["--num_generations", "2"]
     output = f"runs/{name}"

@@ -7,7 +7,7 @@ from refreward_trl.reward_model.tiny import build_tiny_judge, build_tiny_tokeniz
 
 def test_default_size() -> None:
     judge = build_tiny_judge()
-    assert sum(weight.numel() for weight in judge.model.parameters()) == 1_248_512
+    assert sum(weight.numel() for weight in judge.model.parameters()) == 1_613_920
     assert judge.model.training
 
 
