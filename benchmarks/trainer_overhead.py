@@ -169,7 +169,9 @@ class DDPOLoop(GeneratorLoop):
         config, size = self.config, self.config.num_generations
         with torch.no_grad():
             cond, z = self.start(lr_image)
-            policy = self._policy(self.generator.predict(z, cond))
+            before = self.generator.predict(z, cond)
+            direction = before - z if config.noise == "residual" else None
+            policy = self._policy(before, direction)
             sources = [
                 stateless_generator(config.seed, "rollout", self.done, row["sample_id"], k)
                 for row in rows
@@ -183,14 +185,16 @@ class DDPOLoop(GeneratorLoop):
             advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
             reference = self.reference_image(z, cond)
         mean = self.generator.predict(z, cond)
-        ratio = (self._policy(mean).log_prob(candidates, config.log_prob_reduction) - old).exp()
+        ratio = (self._policy(mean, direction).log_prob(candidates, config.log_prob_reduction) - old).exp()
         clip = config.effective_clip_range
         gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
         return -gain.mean() + self.anchor(self.image_of(mean, cond), reference, lr_image)
 
-    def _policy(self, mean: Tensor) -> Any:
+    def _policy(self, mean: Tensor, direction: Tensor | None) -> Any:
         config = self.config
-        return self.generator.policy(mean, sigma=config.sigma, noise=config.noise, cell=config.noise_cell)
+        return self.generator.policy(
+            mean, sigma=config.sigma, noise=config.noise, cell=config.noise_cell, direction=direction
+        )
 
     def _rewards(self, candidates: Tensor, cond: Any, lr_image: Tensor) -> Tensor:
         size, some = self.config.num_generations, max(1, self.config.reward_batch_size // self.config.num_generations)

@@ -131,10 +131,16 @@ class Generator(ABC):
         return image
 
     def policy(
-        self, mean: Float[Tensor, "b c h w"], *, sigma: float, noise: str = "lowfreq", cell: int = 4
+        self,
+        mean: Float[Tensor, "b c h w"],
+        *,
+        sigma: float,
+        noise: str = "lowfreq",
+        cell: int = 4,
+        direction: Float[Tensor, "b c h w"] | None = None,
     ) -> GaussianLatentPolicy:
         """Returns the Gaussian policy around a predicted latent; see `GaussianLatentPolicy`."""
-        return GaussianLatentPolicy(mean, sigma, noise=noise, cell=cell)
+        return GaussianLatentPolicy(mean, sigma, noise=noise, cell=cell, direction=direction)
 
     @torch.no_grad()
     def generate(

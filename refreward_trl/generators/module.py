@@ -90,7 +90,15 @@ class ModuleGenerator(Generator):
         """Returns `z`: the prediction is the image."""
         return z
 
-    def policy(self, mean: Tensor, *, sigma: float, noise: str = "lowfreq", cell: int = 4) -> GaussianLatentPolicy:
+    def policy(
+        self,
+        mean: Tensor,
+        *,
+        sigma: float,
+        noise: str = "lowfreq",
+        cell: int = 4,
+        direction: Tensor | None = None,
+    ) -> GaussianLatentPolicy:
         """Refused: raises `ConfigError`."""
         raise ConfigError(
             "a plain network has no latent for a policy to perturb: noise on its pixels is noise in the image",

@@ -72,7 +72,7 @@ def build_tiny_judge(
     *,
     vision_dim: int = 160,
     vision_depth: int = 2,
-    vision_heads: int = 4,
+    vision_heads: int = 5,
     text_dim: int = 160,
     text_layers: int = 2,
     text_heads: int = 5,

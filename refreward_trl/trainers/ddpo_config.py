@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from refreward_trl.errors import ConfigError
+from refreward_trl.generators.policies import NOISE_KINDS
 from refreward_trl.objectives.policy_gradient import default_clip_range
 from refreward_trl.trainers.alignment_config import AlignmentConfig, check_choice, check_range
 
@@ -16,10 +17,11 @@ class SRDDPOConfig(AlignmentConfig):
 
     num_generations: int = field(default=8, metadata={"help": "candidates per LR image"})
     sigma: float = field(default=0.05, metadata={"help": "standard deviation of the policy in units of the latent's"})
-    noise: Literal["lowfreq", "white"] = field(
-        default="lowfreq", metadata={"help": "smooth noise, which learns several times faster, or white noise"}
+    noise: Literal["residual", "lowfreq", "white"] = field(
+        default="lowfreq",
+        metadata={"help": "scale what the generator adds, which learns fastest; smooth noise; or white noise"},
     )
-    noise_cell: int = field(default=4, metadata={"help": "latent pixels per grid node of lowfreq noise"})
+    noise_cell: int = field(default=4, metadata={"help": "latent pixels per coordinate of residual or lowfreq noise"})
     antithetic: bool = field(default=True, metadata={"help": "draw candidates in pairs of mirrored noise"})
     advantage: Literal["group", "running"] = field(
         default="group",
@@ -54,7 +56,7 @@ class SRDDPOConfig(AlignmentConfig):
                 where="sigma",
                 fix="use a small sigma above 0, such as 0.05, or align by reward gradients (refl)",
             )
-        check_choice("noise", self.noise, ("lowfreq", "white"))
+        check_choice("noise", self.noise, NOISE_KINDS)
         check_choice("advantage", self.advantage, ("group", "running"))
         check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         check_choice("log_prob_reduction", self.log_prob_reduction, ("mean", "sum"))

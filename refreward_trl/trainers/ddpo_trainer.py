@@ -4,7 +4,7 @@ clipped policy gradient."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ class SRDDPOTrainer(AlignmentTrainer):
     def rollout(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Samples and rewards K candidates per LR image.
 
-        Adds `encoded`, `candidates` `(B * K, c, h, w)`, `old_log_prob` `(B * K,)`, `rewards` `(B, K)`, and the
-        reference where needed.
+        Adds `encoded`, `candidates` `(B * K, c, h, w)`, `old_log_prob` `(B * K,)`, `rewards` `(B, K)`, with noise
+        "residual" `noise_direction`, and the reference where needed.
         """
         cond = self.generator.prepare(batch["lr_image"])
         batch["encoded"] = self.generator.encode(cond)
@@ -59,7 +59,9 @@ class SRDDPOTrainer(AlignmentTrainer):
         # predicts the same.
         with eval_mode(self.model_wrapped):
             mean = self.generator.predict(batch["encoded"], cond, model=self.model_wrapped)
-        policy = self._policy(mean)
+        if self.args.noise == "residual":
+            batch["noise_direction"] = mean - batch["encoded"]
+        policy = self._policy(mean, batch)
         batch["candidates"] = policy.sample(self._noise_sources(batch), antithetic=self.args.antithetic)
         batch["old_log_prob"] = policy.log_prob(batch["candidates"], self.args.log_prob_reduction)
         table = self._reward(batch["candidates"], cond, batch)
@@ -71,7 +73,7 @@ class SRDDPOTrainer(AlignmentTrainer):
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
         cond = self.generator.prepare(batch["lr_image"])
         mean = self.generator.predict(batch["encoded"], cond, model=model)
-        policy = self._policy(mean)
+        policy = self._policy(mean, batch)
         log_prob = policy.log_prob(batch["candidates"], self.args.log_prob_reduction)
         output = clipped_policy_loss(
             log_prob, batch["old_log_prob"], batch["advantages"].flatten(), self.args.effective_clip_range
@@ -157,8 +159,14 @@ class SRDDPOTrainer(AlignmentTrainer):
             tables.append(self.score(image, rows, group_size=size))
         return _joined(tables)
 
-    def _policy(self, mean: Tensor) -> GaussianLatentPolicy:
-        return self.generator.policy(mean, sigma=self.args.sigma, noise=self.args.noise, cell=self.args.noise_cell)
+    def _policy(self, mean: Tensor, batch: Mapping[str, Any]) -> GaussianLatentPolicy:
+        return self.generator.policy(
+            mean,
+            sigma=self.args.sigma,
+            noise=self.args.noise,
+            cell=self.args.noise_cell,
+            direction=batch.get("noise_direction"),
+        )
 
     def _noise_sources(self, batch: dict[str, Any]) -> list[torch.Generator]:
         return [
@@ -186,7 +194,7 @@ class SRDDPOTrainer(AlignmentTrainer):
             cond = self.generator.prepare(batch["lr_image"])
             again = self._reward(batch["candidates"], cond, batch).total.view_as(batch["rewards"])
             mean = self.generator.predict(batch["encoded"], cond, model=model)
-            log_prob = self._policy(mean).log_prob(batch["candidates"], self.args.log_prob_reduction)
+            log_prob = self._policy(mean, batch).log_prob(batch["candidates"], self.args.log_prob_reduction)
         gathered = [batch["rewards"], again, log_prob, batch["old_log_prob"]]
         if self.args.world_size > 1:
             gathered = [self.accelerator.gather(tensor.contiguous()) for tensor in gathered]

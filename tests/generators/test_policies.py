@@ -22,13 +22,20 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [stateless_generator(seed, "test", k) for k in range(count)]
 
 
+def policy_of(mean: Tensor, noise: str, cell: int = 4, sigma: float = SIGMA, row: int = 0) -> GaussianLatentPolicy:
+    """A policy of any kind; `row` is where the means stand among those of a larger batch."""
+    directions = torch.randn(8, *mean.shape[1:], generator=torch.Generator().manual_seed(5))
+    direction = directions[row : row + len(mean)] if noise == "residual" else None
+    return GaussianLatentPolicy(mean, sigma, noise, cell, direction)
+
+
 @pytest.mark.parametrize("noise", NOISE_KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_ratio_is_exactly_one_when_recomputed(noise: str, reduction: str) -> None:
     mean = mean_latent()
-    z = GaussianLatentPolicy(mean, SIGMA, noise).sample(generators(8))
-    stored = GaussianLatentPolicy(mean, SIGMA, noise).log_prob(z, reduction)
-    recomputed = GaussianLatentPolicy(mean.clone().requires_grad_(), SIGMA, noise).log_prob(z, reduction)
+    z = policy_of(mean, noise).sample(generators(8))
+    stored = policy_of(mean, noise).log_prob(z, reduction)
+    recomputed = policy_of(mean.clone().requires_grad_(), noise).log_prob(z, reduction)
     assert torch.equal((recomputed - stored).exp(), torch.ones(8))
 
 
@@ -54,10 +61,10 @@ def test_lowfreq_log_prob_is_that_of_the_drawn_coordinates() -> None:
 @pytest.mark.parametrize("noise", NOISE_KINDS)
 def test_log_prob_gradient_equals_finite_differences(noise: str) -> None:
     mean = mean_latent(batch=1, height=6, width=5)
-    z = GaussianLatentPolicy(mean, SIGMA, noise, cell=2).sample(generators(1))
+    z = policy_of(mean, noise, cell=2).sample(generators(1))
 
     def log_prob(at: Tensor) -> Tensor:
-        return GaussianLatentPolicy(at, SIGMA, noise, cell=2).log_prob(z, "mean").sum()
+        return policy_of(at, noise, cell=2).log_prob(z, "mean").sum()
 
     at = (mean + 0.01).requires_grad_()
     (gradient,) = torch.autograd.grad(log_prob(at), at)
@@ -92,6 +99,46 @@ def test_lowfreq_marginal_standard_deviation_is_sigma_at_every_pixel(cell: int) 
     assert std.sub(SIGMA).abs().max() < 0.1 * SIGMA
 
 
+def test_residual_log_prob_is_that_of_the_drawn_coordinates() -> None:
+    mean = mean_latent(batch=1)
+    policy = policy_of(mean, "residual", cell=3)
+    drawn = torch.randn(1, 4, 3, generator=generators(1)[0])
+    assert policy.num_coordinates == drawn.numel()
+    expected = Normal(0.0, SIGMA).log_prob(SIGMA * drawn).sum()
+    torch.testing.assert_close(policy.log_prob(policy.sample(generators(1)), "sum")[0], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_residual_noise_scales_the_direction_square_by_square() -> None:
+    direction = mean_latent(batch=1, height=8, width=8)
+    policy = GaussianLatentPolicy(torch.zeros_like(direction), SIGMA, "residual", 4, direction)
+    factors = policy.sample(generators(1))[0] / direction[0]
+    for square in factors.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1):
+        assert (square - square.median()).abs().median() < 1e-4 * square.abs().mean()
+    assert factors.std() > 0
+
+
+@pytest.mark.parametrize("cell", [1, 3, 50])
+def test_residual_noise_has_the_standard_deviation_sigma_over_a_latent(cell: int) -> None:
+    mean = mean_latent(batch=1)
+    noise = policy_of(mean, "residual", cell).sample(generators(3000)) - mean
+    assert noise.square().mean().sqrt() == pytest.approx(SIGMA, rel=0.05)
+
+
+def test_residual_density_is_proper_where_the_generator_added_nothing() -> None:
+    mean = mean_latent(batch=1)
+    policy = GaussianLatentPolicy(mean, SIGMA, "residual", 2, torch.zeros_like(mean))
+    log_prob = policy.log_prob(policy.sample(generators(4)))
+    assert log_prob.isfinite().all() and log_prob.std() > 0
+
+
+def test_a_direction_belongs_to_residual_noise_alone() -> None:
+    mean = mean_latent()
+    with pytest.raises(ConfigError, match="'residual' needs a direction"):
+        GaussianLatentPolicy(mean, SIGMA, "residual")
+    with pytest.raises(ConfigError, match="'white' takes no direction"):
+        GaussianLatentPolicy(mean, SIGMA, "white", direction=mean)
+
+
 def test_lowfreq_with_cells_of_one_pixel_is_white() -> None:
     mean = mean_latent()
     smooth, white = GaussianLatentPolicy(mean, SIGMA, "lowfreq", 1), GaussianLatentPolicy(mean, SIGMA, "white")
@@ -103,8 +150,8 @@ def test_lowfreq_with_cells_of_one_pixel_is_white() -> None:
 @pytest.mark.parametrize("noise", NOISE_KINDS)
 def test_a_sample_depends_on_its_own_generator_alone(noise: str) -> None:
     mean = mean_latent()
-    together = GaussianLatentPolicy(mean, SIGMA, noise).sample(generators(4))
-    alone = GaussianLatentPolicy(mean[1:], SIGMA, noise).sample(generators(4)[3:])
+    together = policy_of(mean, noise).sample(generators(4))
+    alone = policy_of(mean[1:], noise, row=1).sample(generators(4)[3:])
     assert torch.equal(together[3:], alone)
 
 
@@ -117,9 +164,9 @@ def test_sampling_leaves_the_global_random_state_alone() -> None:
 @pytest.mark.parametrize("noise", NOISE_KINDS)
 def test_antithetic_candidates_mirror_each_other_around_the_mean(noise: str) -> None:
     mean = mean_latent()
-    z = GaussianLatentPolicy(mean, SIGMA, noise).sample(generators(8), antithetic=True).unflatten(0, (2, 4))
+    z = policy_of(mean, noise).sample(generators(8), antithetic=True).unflatten(0, (2, 4))
     torch.testing.assert_close(z[:, :2] + z[:, 2:], (2 * mean[:, None]).expand(2, 2, *mean.shape[1:]))
-    plain = GaussianLatentPolicy(mean, SIGMA, noise).sample(generators(8)).unflatten(0, (2, 4))
+    plain = policy_of(mean, noise).sample(generators(8)).unflatten(0, (2, 4))
     assert torch.equal(z[:, :2], plain[:, :2])
 
 
@@ -134,7 +181,7 @@ def test_rows_belong_to_groups_in_order() -> None:
 @pytest.mark.parametrize("noise", NOISE_KINDS)
 def test_kl_is_zero_at_the_reference_and_quadratic_away_from_it(noise: str) -> None:
     mean = mean_latent()
-    policy = GaussianLatentPolicy(mean, SIGMA, noise)
+    policy = policy_of(mean, noise)
     assert torch.equal(policy.kl(mean), torch.zeros(2))
     near, far = policy.kl(mean + 0.01, "sum"), policy.kl(mean + 0.02, "sum")
     torch.testing.assert_close(far, 4 * near, rtol=1e-4, atol=1e-4)
@@ -143,7 +190,7 @@ def test_kl_is_zero_at_the_reference_and_quadratic_away_from_it(noise: str) -> N
 @pytest.mark.parametrize("noise", NOISE_KINDS)
 def test_kl_is_the_expected_log_ratio(noise: str) -> None:
     mean = mean_latent(batch=1, channels=1)
-    policy, reference = GaussianLatentPolicy(mean, SIGMA, noise), GaussianLatentPolicy(mean + 0.05, SIGMA, noise)
+    policy, reference = policy_of(mean, noise), policy_of(mean + 0.05, noise)
     z = policy.sample(generators(4000))
     log_ratio = policy.log_prob(z, "sum") - reference.log_prob(z, "sum")
     exact = policy.kl(mean + 0.05, "sum").item()

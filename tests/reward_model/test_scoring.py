@@ -121,7 +121,7 @@ def test_batched_attention_calls_sdpa_once_per_layer(
 
 
 def test_batched_attention_handles_windows_of_different_sizes() -> None:
-    judge = build_tiny_judge(vision_dim=32, vision_depth=2, text_dim=32, text_layers=1, text_heads=2)
+    judge = build_tiny_judge(vision_dim=32, vision_depth=2, vision_heads=4, text_dim=32, text_layers=1, text_heads=2)
     visual = judge.model.model.visual
     visual.fullatt_block_indexes = [1]  # the other layer attends inside windows of 64 px, cut at the border
     patches = torch.rand(2 * 6 * 10, 384)

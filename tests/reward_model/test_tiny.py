@@ -12,7 +12,7 @@ def test_default_size() -> None:
 
 
 def test_seed_decides_and_leaves_the_global_state_alone() -> None:
-    size = {"vision_dim": 32, "vision_depth": 1, "text_dim": 32, "text_layers": 1, "text_heads": 2}
+    size = {"vision_dim": 32, "vision_depth": 1, "vision_heads": 4, "text_dim": 32, "text_layers": 1, "text_heads": 2}
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first, same, other = (build_tiny_judge(**size, seed=seed).model.lm_head.weight for seed in (3, 3, 4))

@@ -62,7 +62,7 @@ def as_uint8(image: torch.Tensor) -> torch.Tensor:
 
 
 def small_judge(seed: int = 0) -> RateJudge:
-    size = {"vision_dim": 32, "vision_depth": 1, "text_dim": 32, "text_layers": 1, "text_heads": 2}
+    size = {"vision_dim": 32, "vision_depth": 1, "vision_heads": 4, "text_dim": 32, "text_layers": 1, "text_heads": 2}
     return build_tiny_judge(**size, seed=seed, spec=JudgeSpec(tile=32))
 
 

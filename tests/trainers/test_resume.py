@@ -22,6 +22,7 @@ from refreward_trl.trainers.refl_trainer import SRReFLTrainer
 STEPS = 6
 DDPO = {
     "num_generations": 4,
+    "noise": "residual",
     "num_iterations": 3,
     "advantage": "running",
     "gradient_accumulation_steps": 2,
