@@ -72,8 +72,8 @@ MUTANTS = (
     Mutant(
         "global RNG used",
         "refreward_trl/generators/policies.py",
-        "torch.randn(shape, generator=generator)",
-        "torch.randn(shape)",
+        "torch.randn(self._shape, generator=generator)",
+        "torch.randn(self._shape)",
         "tests/generators/test_policies.py",
     ),
     Mutant(

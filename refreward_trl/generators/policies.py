@@ -46,8 +46,8 @@ class GaussianLatentPolicy:
     - "residual": one normal number per square of `cell` latent pixels scales what the generator added there to the
       upsampled LR image: `noise = n * direction / rms(direction)`. The candidates are bolder and shyer versions of one
       restoration, the directions that a generator can learn, and so few of them that the policy gradient of 128
-      candidates has a cosine of about 0.4 to the reward's own gradient, where "lowfreq" has 0.03 (shipped generator
-      and judge).
+      candidates has a cosine of about 0.5 to the reward's own gradient, the other kinds 0.04 to 0.1 (shipped generator
+      and judge; `benchmarks/policy_direction.py`).
 
     The density lives on the coordinates, recovered from a latent by least squares, and is exact there; the mean takes
     its gradient through the same projection.
