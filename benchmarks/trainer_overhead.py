@@ -43,7 +43,6 @@ from refreward_trl.generators import straight_through_clamp
 from refreward_trl.randomness import stateless_generator, stateless_seed
 from refreward_trl.resampling import downscale
 from refreward_trl.reward_model.scoring import batched_vision_attention
-from refreward_trl.reward_model.tiny import build_tiny_judge
 from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments
 from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer
@@ -51,7 +50,7 @@ from refreward_trl.trainers.finetune_config import SRFinetuneConfig
 from refreward_trl.trainers.finetune_trainer import SRFinetuneTrainer
 from refreward_trl.trainers.ref_reward_batches import augment_groups, collate_groups, ends_of_order, flat_pairs
 from refreward_trl.trainers.ref_reward_config import RefRewardConfig
-from refreward_trl.trainers.ref_reward_trainer import RefRewardTrainer
+from refreward_trl.trainers.ref_reward_trainer import RefRewardTrainer, open_judge
 from refreward_trl.trainers.refl_config import SRReFLConfig
 from refreward_trl.trainers.refl_trainer import SRReFLTrainer
 
@@ -382,8 +381,8 @@ def generator_arms(recipe: Recipe) -> tuple[Any, BareLoop, Recorded]:
 
 
 def judge_arms(recipe: Recipe) -> tuple[Any, BareLoop, Recorded]:
-    """The trainer and the bare loop of the judge's recipe, on groups that are built beforehand."""
-    config = build_arguments(RefRewardConfig, recipe.values)
+    """The trainer and the bare loop of the judge's recipe without its teachers, on groups that are built beforehand."""
+    config = build_arguments(RefRewardConfig, {**recipe.values, "teachers": None, "teacher_weights": None})
     data = build_arguments(DataArguments, recipe.values)
     photos = load_photos(data.dataset, data.dataset_split)
     groups = [
@@ -392,7 +391,7 @@ def judge_arms(recipe: Recipe) -> tuple[Any, BareLoop, Recorded]:
     ]
     samples = Recorded(CachedGroups(groups))
     trainer = RefRewardTrainer(args=config, train_dataset=samples)
-    return trainer, JudgeLoop(samples.dataset, config, build_tiny_judge(seed=config.seed)), samples
+    return trainer, JudgeLoop(samples.dataset, config, open_judge(config.judge, seed=config.seed)), samples
 
 
 def record_losses(trainer: Any) -> list[float]:
