@@ -381,7 +381,7 @@ def generator_arms(recipe: Recipe) -> tuple[Any, BareLoop, Recorded]:
 
 
 def judge_arms(recipe: Recipe) -> tuple[Any, BareLoop, Recorded]:
-    """The trainer and the bare loop of the judge's recipe without its teachers, on groups that are built beforehand."""
+    """Trainer and bare loop of the judge's recipe without its teachers, on groups that are built beforehand."""
     config = build_arguments(RefRewardConfig, {**recipe.values, "teachers": None, "teacher_weights": None})
     data = build_arguments(DataArguments, recipe.values)
     photos = load_photos(data.dataset, data.dataset_split)

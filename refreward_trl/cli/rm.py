@@ -12,7 +12,10 @@ ABOUT = TrainingHelp(
         "data": ("dataset", "eval_dataset", "degradation", "crop_size"),
         "run": RUN_KEYS,
     },
-    examples=("refreward rm --config recipes/tiny/rm.yaml", "refreward rm --config tiny/rm --max_steps 200 --seed 1"),
+    examples=(
+        "refreward rm --config recipes/tiny/teacher_rm.yaml",
+        "refreward rm --config tiny/teacher_rm --max_steps 200 --seed 1",
+    ),
 )
 
 

@@ -251,14 +251,24 @@ ARTEFACTS: dict[str, Artefact] = {
     "stripes": _stripes,
 }
 JUDGE_KINDS = (
-    *("blur", "noise", "jpeg", "oversharpen", "hallucination", "colour", "shift", "painting", "flatten", "warp"),
+    "blur",
+    "noise",
+    "jpeg",
+    "oversharpen",
+    "hallucination",
+    "colour",
+    "shift",
+    "painting",
+    "flatten",
+    "warp",
 )
 """What the default judge is trained on."""
 PAINTED_KIND = "flatten"
 PAINTED_SHARE = 0.5
 """Share of groups whose restored candidate is drawn as flat paint."""
 HELDOUT_KINDS = ("motion_blur", "ringing", "posterize", "speckle", "kuwahara", "pixelate", "stripes")
-"""What the held-out judge is trained on: kinds that the default judge never sees."""
+"""What the held-out judge is trained on: artefacts that the default judge never sees. (A restored candidate drawn as
+flat paint is among the groups of both.)"""
 UNSEEN_KIND = "checkerboard"
 """Trained on by neither; the test of generalisation."""
 

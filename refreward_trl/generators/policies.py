@@ -43,11 +43,12 @@ class GaussianLatentPolicy:
     - "lowfreq": the coordinates are independent normal numbers on a coarse grid, linearly interpolated along height
       and width: `noise = U n V^T`, the rows of `U` and `V` scaled to unit length so that the marginal standard
       deviation is 1 everywhere.
-    - "residual": one normal number per square of `cell` latent pixels scales what the generator added there to the
-      upsampled LR image: `noise = n * direction / rms(direction)`. The candidates are bolder and shyer versions of one
-      restoration, the directions that a generator can learn, and so few of them that the policy gradient of 128
-      candidates has a cosine of about 0.5 to the reward's own gradient, the other kinds 0.04 to 0.1 (shipped generator
-      and judge; `benchmarks/policy_direction.py`).
+    - "residual": one normal number per square of `cell` latent pixels moves it along what the generator added there to
+      the upsampled LR image: `noise = n * direction / rms(direction)`. The size of a move is `sigma`, not a share of
+      the correction: where that is small, a candidate overshoots or reverses it. These are directions that a generator
+      can learn, and so few of them that with cells of 8 the policy gradient of 128 candidates has a cosine of about
+      0.5 to the reward's own gradient, the other kinds 0.04 to 0.1 (shipped generator and judge, before training;
+      `benchmarks/policy_direction.py`).
 
     The density lives on the coordinates, recovered from a latent by least squares, and is exact there; the mean takes
     its gradient through the same projection.
@@ -196,6 +197,8 @@ class _Axis:
     @classmethod
     def linear(cls, size: int, cell: int, device: torch.device) -> _Axis:
         """Hats around the nodes, scaled so that every pixel has unit variance; back by least squares."""
+        if cell == 1:
+            return cls.constant(size, cell, device)
         hats = torch.eye(math.ceil(size / cell), dtype=torch.float64)[None]
         basis = F.interpolate(hats, size=size, mode="linear", align_corners=False)[0].T
         basis = basis / basis.norm(dim=1, keepdim=True)

@@ -84,8 +84,8 @@ class JudgeArguments:
     artefacts: Literal["judge", "unpainted", "heldout"] = field(
         default="judge",
         metadata={
-            "help": "kinds of artefact in its groups: the default judge's, these without flat paint, or those that "
-            "only the held-out judge sees"
+            "help": "kinds of artefact in its groups: the default judge's, those without flat paint, or the held-out "
+            "judge's own"
         },
     )
     test_pairs: int = field(

@@ -19,7 +19,7 @@ class SRDDPOConfig(AlignmentConfig):
     sigma: float = field(default=0.05, metadata={"help": "standard deviation of the policy in units of the latent's"})
     noise: Literal["residual", "lowfreq", "white"] = field(
         default="lowfreq",
-        metadata={"help": "scale what the generator adds, which learns fastest; smooth noise; or white noise"},
+        metadata={"help": "along what the generator adds, which learns fastest; smooth noise; or white noise"},
     )
     noise_cell: int = field(default=4, metadata={"help": "latent pixels per coordinate of residual or lowfreq noise"})
     antithetic: bool = field(default=True, metadata={"help": "draw candidates in pairs of mirrored noise"})

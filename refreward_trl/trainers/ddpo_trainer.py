@@ -27,6 +27,8 @@ from refreward_trl.trainers.ordering import REUSED
 from refreward_trl.trainers.self_check import check_ratio, check_spread
 from refreward_trl.types import LossOutput
 
+LEAST_CORRECTION = 1e-3
+"""What the generator must add for residual noise, in standard deviations of the encoded LR image."""
 ROLLOUT_FILE = "rollout-rank{rank}.safetensors"
 
 
@@ -199,8 +201,21 @@ class SRDDPOTrainer(AlignmentTrainer):
         if self.args.world_size > 1:
             gathered = [self.accelerator.gather(tensor.contiguous()) for tensor in gathered]
         rewards, again, log_prob, old_log_prob = gathered
+        self._check_direction(batch)
         check_spread(rewards, again)
         check_ratio(log_prob, old_log_prob)
+
+    def _check_direction(self, batch: Mapping[str, Any]) -> None:
+        """Residual noise along a correction of zero would train on rounding errors."""
+        if "noise_direction" not in batch:
+            return
+        size, latent = batch["noise_direction"].float().square().mean().sqrt(), batch["encoded"].float().std()
+        if self._any_rank(size < LEAST_CORRECTION * latent):
+            raise ConfigError(
+                "the generator adds next to nothing to the upsampled LR image, so there is nothing to explore along",
+                where="noise: residual",
+                fix="train the generator first (finetune), or set noise: lowfreq",
+            )
 
     def _write_extra_state(self, folder: Path) -> dict[str, Any]:
         state = super()._write_extra_state(folder)

@@ -68,6 +68,10 @@ class RefRewardConfig(TrainingArguments):
         check_choice("loss_type", self.loss_type, ("pairwise", "listwise"))
         check_range("temperature", self.temperature, low=0.0, low_included=False)
         check_range("center_rewards_coefficient", self.center_rewards_coefficient, low=0.0)
+        if untrained := {"new", "conv"}.intersection(self.teachers or ()):
+            raise ConfigError(
+                f"{untrained.pop()!r} is an untrained judge", where="teachers", fix="give folders of trained judges"
+            )
         if self.teacher_weights is not None:
             _check_weights(self.teacher_weights, count=len(self.teachers or ()))
         check_range("distillation_weight", self.distillation_weight, low=0.0)

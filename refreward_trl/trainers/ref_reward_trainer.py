@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from refreward_trl.data.images import to_float
-from refreward_trl.errors import SetupError, TrainingError
+from refreward_trl.errors import CheckpointError, SetupError, TrainingError
 from refreward_trl.objectives.preference import centering_penalty, listwise_loss, pairwise_loss
 from refreward_trl.reward_model.conv import CONFIG_FILE, ConvJudge
 from refreward_trl.reward_model.loading import load_judge
@@ -243,7 +243,15 @@ class RefRewardTrainer(Trainer):
             return None
         if groups is None:
             raise SetupError("teachers need training groups", where="train_dataset", fix="pass a train_dataset")
-        judges = [open_judge(source, seed=args.seed) for source in args.teachers]
+        try:
+            judges = [open_judge(source, seed=args.seed) for source in args.teachers]
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"a teacher cannot be read: {error.where}: {error.what}",
+                where="teachers",
+                fix="train it first (recipes/tiny/teacher_rm.yaml and unpainted_rm.yaml write those of tiny/rm), or "
+                "set teachers and teacher_weights to null",
+            ) from error
         return Teachers(judges, groups, weights=args.teacher_weights, student=self.judge, device=args.device)
 
     def _fast_attention(self) -> Any:

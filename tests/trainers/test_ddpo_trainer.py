@@ -59,6 +59,14 @@ def test_learns_more_than_shuffled_advantages(make_trainer: Callable[..., SRDDPO
     assert gains[False] > 2 * abs(gains[True])
 
 
+def test_residual_noise_needs_a_generator_that_adds_something(make_trainer: Callable[..., SRDDPOTrainer]) -> None:
+    trainer = make_trainer(noise="residual", max_steps=1)
+    predict = trainer.generator.predict
+    trainer.generator.predict = lambda z, *rest, **options: z + 0 * predict(z, *rest, **options)
+    with pytest.raises(ConfigError, match="adds next to nothing"):
+        trainer.train()
+
+
 def test_logs_under_trl_names(make_trainer: Callable[..., SRDDPOTrainer], read_metrics: Any) -> None:
     trainer = make_trainer(num_iterations=2, max_steps=4, beta=0.01)
     trainer.train()

@@ -116,6 +116,15 @@ def test_targets_lie_inside_of_the_rating_range_and_have_no_graph() -> None:
     assert not targets.requires_grad and targets.std() > 0
 
 
+def test_scores_far_out_teach_no_more_than_the_ends_of_the_range() -> None:
+    student = rate()
+    taught = Teachers([conv()], Unordered(), student=student, device=CPU)
+    taught._calibration = [(0.0, 1e-9)]
+    targets = taught.targets(collate_groups([Unordered()[0]]))
+    low, high = student.spec.rating_range
+    assert ((targets > low) & (targets < high)).all()
+
+
 def test_the_loss_is_zero_at_the_targets_and_moves_no_teacher(tmp_path: Path, teacher: Path) -> None:
     trained = run(tmp_path, conv(), teacher, max_steps=2)
     assert trained.teachers is not None
@@ -156,7 +165,9 @@ def test_a_teacher_that_teaches_nothing_is_refused(tmp_path: Path, teacher: Path
     flat.save_pretrained(tmp_path / "flat")
     with pytest.raises(SetupError, match=r"teachers: .*standard deviation 0"):
         run(tmp_path, conv(), tmp_path / "flat")
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(ConfigError, match="untrained"):
+        run(tmp_path, conv(), Path("conv"))
+    with pytest.raises(CheckpointError, match=r"teachers: a teacher cannot be read: .*nowhere"):
         run(tmp_path, conv(), tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="distillation_weight"):
         run(tmp_path, conv(), teacher, distillation_weight=-1.0)

@@ -97,8 +97,12 @@ def assert_same_end(one: Any, other: Any, read_metrics: Callable[..., list[dict[
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize(
     ("kind", "config", "changes"),
-    [(SRReFLTrainer, SRReFLConfig, {"gradient_accumulation_steps": 2}), (SRDDPOTrainer, SRDDPOConfig, DDPO)],
-    ids=["refl", "ddpo"],
+    [
+        (SRReFLTrainer, SRReFLConfig, {"gradient_accumulation_steps": 2}),
+        (SRDDPOTrainer, SRDDPOConfig, DDPO),
+        (SRDDPOTrainer, SRDDPOConfig, DDPO | {"noise": "lowfreq"}),
+    ],
+    ids=["refl", "ddpo", "ddpo-lowfreq"],
 )
 def test_resume_is_bit_identical(
     run: Callable[..., Any], read_metrics: Any, kind: type, config: type, changes: dict, adapter: bool
