@@ -28,14 +28,40 @@ Row = dict[str, Any]
 
 
 def build_config(config_class: type[Arguments], values: Mapping[str, Any]) -> Arguments:
-    """Makes the trainer's configuration; several CPU processes get the settings that make them train together."""
-    return build_arguments(config_class, {**launch_settings(), **values})
+    """Makes the trainer's configuration; several CPU processes get the settings that make them train together.
+
+    Raises:
+        ConfigError: The values contradict each other, by our own checks or by those of `TrainingArguments`.
+    """
+    try:
+        config = build_arguments(config_class, {**launch_settings(), **values})
+    except (ValueError, ImportError) as error:
+        # transformers checks combinations (eval_steps against save_steps, bf16 against the hardware) by plain errors.
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(
+            reason, where="the recipe and its flags", fix="change one of the settings that it names"
+        ) from error
+    _check_trackers(getattr(config, "report_to", []))
+    return config
 
 
 def build_arguments(arguments_class: type[Arguments], values: Mapping[str, Any]) -> Arguments:
     """Makes one dataclass of those recipe values that are its fields."""
     fields = {field.name for field in dataclasses.fields(arguments_class) if field.init}  # type: ignore[arg-type]
     return arguments_class(**{name: value for name, value in values.items() if name in fields})
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    missing = [name for name in names if name not in ("none", *installed)]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} is not installed",
+            where="report_to",
+            fix=f"install it, or use none{''.join(f', {name}' for name in installed)}; metrics.jsonl is always written",
+        )
 
 
 def launch_settings() -> dict[str, Any]:

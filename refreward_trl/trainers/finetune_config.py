@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from refreward_trl.errors import ConfigError
+from refreward_trl.objectives.reconstruction import PIXEL_LOSSES
 from refreward_trl.trainers.alignment_config import AlignmentConfig, check_choice, check_range
 
 
@@ -20,7 +21,10 @@ class SRFinetuneConfig(AlignmentConfig):
         default="denoiser",
         metadata={"help": "what is trained: the denoiser through the frozen decoder, or first the VAE"},
     )
-    pixel_loss: Literal["l1", "mse"] = field(default="l1", metadata={"help": "distance of the SR to the HR pixels"})
+    pixel_loss: Literal["l1", "mse", "log_mse"] = field(
+        default="l1",
+        metadata={"help": "distance of the SR to the HR pixels; log_mse climbs the PSNR of each image"},
+    )
     pixel_weight: float = field(default=1.0, metadata={"help": "weight of the pixel loss"})
     latent_weight: float = field(
         default=0.0, metadata={"help": "weight of the squared distance to the HR image's latent (denoiser)"}
@@ -42,7 +46,7 @@ class SRFinetuneConfig(AlignmentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("train_part", self.train_part, ("denoiser", "vae"))
-        check_choice("pixel_loss", self.pixel_loss, ("l1", "mse"))
+        check_choice("pixel_loss", self.pixel_loss, tuple(PIXEL_LOSSES))
         for key in ("pixel_weight", "latent_weight", "gradient_weight", "perceptual_weight", "latent_jitter"):
             check_range(key, getattr(self, key), low=0.0)
         if not (self.pixel_weight or self.latent_weight or self.gradient_weight or self.perceptual):

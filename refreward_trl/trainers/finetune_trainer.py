@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from refreward_trl.errors import ConfigError
 from refreward_trl.generators.base import Generator
 from refreward_trl.generators.epsilon import EpsLatentGenerator
+from refreward_trl.objectives.reconstruction import PIXEL_LOSSES, gradient_loss
 from refreward_trl.randomness import stateless_generator
 from refreward_trl.rewards.fidelity import image_psnr
 from refreward_trl.trainers.alignment_config import AlignmentConfig
@@ -107,11 +108,11 @@ class SRFinetuneTrainer(AlignmentTrainer):
         return super().train(*arguments, **keywords)
 
     def _image_loss(self, image: Tensor, target: Tensor) -> LossOutput:
-        distance = F.l1_loss(image, target) if self.args.pixel_loss == "l1" else F.mse_loss(image, target)
+        distance = PIXEL_LOSSES[self.args.pixel_loss](image, target)
         metrics = {"pixel_loss": distance.detach()}
         loss = self.args.pixel_weight * distance
         if self.args.gradient_weight:
-            edges = _gradient_distance(image, target)
+            edges = gradient_loss(image, target)
             metrics["gradient_loss"] = edges.detach()
             loss = loss + self.args.gradient_weight * edges
         if self.perceptual is not None:
@@ -194,13 +195,6 @@ class Autoencoder(nn.Module):
         encoded = self.vae.encode(images * 2 - 1)
         raw = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
         return self.vae.decode(raw + jitter).sample / 2 + 0.5
-
-
-def _gradient_distance(image: Tensor, target: Tensor) -> Tensor:
-    difference = image - target
-    across = difference[..., :, 1:] - difference[..., :, :-1]
-    down = difference[..., 1:, :] - difference[..., :-1, :]
-    return across.abs().mean() + down.abs().mean()
 
 
 def _whole_tiles(image: Tensor, multiple: int) -> Tensor:

@@ -117,6 +117,9 @@ def test_a_judge_is_trained_and_measured(place, run):
     assert any((place / "runs/rm/judge").iterdir())
 
 
+BEST = ["--eval_strategy", "steps", "--save_strategy", "steps", "--load_best_model_at_end", "true"]
+
+
 @pytest.mark.parametrize(
     ("method", "words", "code", "message"),
     [
@@ -127,6 +130,8 @@ def test_a_judge_is_trained_and_measured(place, run):
         ("refl", ["--rewards", reward("contrast"), "--dataset", "nowhere"], 3, "nowhere"),
         ("refl", ["--rewards", reward("contrast"), "--generator", "nowhere"], 5, "nowhere"),
         ("ddpo", ["--rewards", reward("contrast"), "--sigma", "0"], 2, "deterministic policy"),
+        ("finetune", ["--eval_steps", "2", "--save_steps", "3", *BEST], 2, "multiple of the evaluation steps"),
+        ("finetune", ["--report_to", "comet_ml"], 2, "comet_ml is not installed"),
         ("finetune", ["--lora_target_modules", '["no_such_layer"]'], 2, "lora_target_modules"),
     ],
 )

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from refreward_trl.errors import DataError
 from refreward_trl.objectives.anchors import (
+    ALONG_WEIGHT,
     LEAST_LR_ERROR,
     fidelity_anchor,
     lr_consistency_anchor,
@@ -42,14 +45,26 @@ def test_lr_drift_counts_in_units_of_each_images_own_lr_error() -> None:
     errors = torch.tensor([0.02, 0.2]).view(2, 1, 1, 1)
     lr_image = downscale(reference, 4) + errors
     drifted = reference + errors * 0.5
-    torch.testing.assert_close(lr_drift_anchor(drifted, reference, lr_image), torch.tensor(0.25))
+    expected = torch.tensor(0.25 + ALONG_WEIGHT * math.log(4))
+    torch.testing.assert_close(lr_drift_anchor(drifted, reference, lr_image), expected)
     assert lr_drift_anchor(reference, reference, lr_image) == 0
 
 
 def test_lr_drift_does_not_explode_where_the_reference_is_exact() -> None:
     reference = image()
     drift = lr_drift_anchor(reference + 0.01, reference, downscale(reference, 4))
-    torch.testing.assert_close(drift, torch.tensor(1e-4 / LEAST_LR_ERROR))
+    growth = 1e-4 / LEAST_LR_ERROR
+    torch.testing.assert_close(drift, torch.tensor(growth + ALONG_WEIGHT * math.log(growth)))
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_lr_drift_sees_the_smallest_change_of_the_lr_error(direction: int) -> None:
+    reference = image()
+    error = 0.1 * torch.ones(2, 3, 1, 1)
+    lr_image = downscale(reference, 4) - error
+    for amplitude in (1e-2, 1e-3):
+        drift = lr_drift_anchor(reference + direction * amplitude * error, reference, lr_image)
+        assert drift == pytest.approx(2 * ALONG_WEIGHT * amplitude, rel=0.1)
 
 
 def test_lr_drift_bounds_the_growth_of_the_lr_error() -> None:

@@ -34,11 +34,18 @@ def make_trainer(
 
 
 @pytest.mark.parametrize(
-    "policy",
-    [{"noise": "white"}, {"noise": "lowfreq"}, {"noise": "residual", "noise_cell": 2, "log_prob_reduction": "sum"}],
+    ("policy", "least_gain"),
+    [
+        ({"noise": "white"}, 0.01),
+        ({"noise": "lowfreq"}, 0.01),
+        # An untrained generator adds little, so that moves along it change little.
+        ({"noise": "residual", "noise_cell": 2, "log_prob_reduction": "sum"}, 0.005),
+    ],
     ids=["white", "lowfreq", "residual"],
 )
-def test_learns_more_than_shuffled_advantages(make_trainer: Callable[..., SRDDPOTrainer], policy: dict) -> None:
+def test_learns_more_than_shuffled_advantages(
+    make_trainer: Callable[..., SRDDPOTrainer], policy: dict, least_gain: float
+) -> None:
     changes = {
         **policy,
         "max_steps": 12,
@@ -55,7 +62,7 @@ def test_learns_more_than_shuffled_advantages(make_trainer: Callable[..., SRDDPO
         trainer.train()
         summary = trainer.summary()
         gains[shuffled] = summary["reward_after"] - summary["reward_before"]
-    assert gains[False] > 0.005
+    assert gains[False] > least_gain
     assert gains[False] > 2 * abs(gains[True])
 
 

@@ -30,8 +30,18 @@ def make_trainer(make_generator: Any, pairs: Any, lora: Any, settings: Any) -> C
     return make
 
 
-def test_the_denoiser_learns_and_the_vae_stays(make_trainer: Callable[..., SRFinetuneTrainer]) -> None:
-    trainer = make_trainer(max_steps=15, learning_rate=3e-3, eval_strategy="steps", eval_steps=15, eval_on_start=True)
+@pytest.mark.parametrize("pixel_loss", ["l1", "log_mse"])
+def test_the_denoiser_learns_and_the_vae_stays(
+    make_trainer: Callable[..., SRFinetuneTrainer], pixel_loss: str
+) -> None:
+    trainer = make_trainer(
+        pixel_loss=pixel_loss,
+        max_steps=15,
+        learning_rate=3e-3,
+        eval_strategy="steps",
+        eval_steps=15,
+        eval_on_start=True,
+    )
     vae = {name: tensor.clone() for name, tensor in trainer.generator.vae.state_dict().items()}
     trainer.train()
     summary = trainer.summary()
