@@ -13,7 +13,7 @@ from refreward_trl.resampling import downscale
 
 LEAST_LR_ERROR = 1e-5
 """Mean squared LR error below which `lr_drift_anchor` does not divide: 50 dB."""
-ALONG_WEIGHT = 0.1
+ALONG_WEIGHT = 0.25
 """What `lr_drift_anchor` asks for a change of the LR error itself, per unit of its logarithm."""
 
 
@@ -51,7 +51,7 @@ def lr_drift_anchor(
 
     The first term alone lets the PSNR to the LR image slip away: a drift of amplitude `a` along the LR error costs
     `8.7 a` dB, but only `a^2` of it, and doing more of what the generator does anyway drifts just there. The second
-    term, 0.023 per dB, does not vanish for small drifts. The LR error counts as at least 50 dB: below that lies
+    term, 0.058 per dB, does not vanish for small drifts. The LR error counts as at least 50 dB: below that lies
     rounding.
 
     Raises:

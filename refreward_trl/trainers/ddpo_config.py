@@ -16,12 +16,12 @@ class SRDDPOConfig(AlignmentConfig):
     """Configuration of policy-gradient training with a Gaussian on the predicted latent."""
 
     num_generations: int = field(default=8, metadata={"help": "candidates per LR image"})
-    sigma: float = field(default=0.05, metadata={"help": "standard deviation of the policy in units of the latent's"})
+    sigma: float = field(default=0.1, metadata={"help": "standard deviation of the policy in units of the latent's"})
     noise: Literal["residual", "lowfreq", "white"] = field(
-        default="lowfreq",
+        default="residual",
         metadata={"help": "along what the generator adds, which learns fastest; smooth noise; or white noise"},
     )
-    noise_cell: int = field(default=4, metadata={"help": "latent pixels per coordinate of residual or lowfreq noise"})
+    noise_cell: int = field(default=8, metadata={"help": "latent pixels per coordinate of residual or lowfreq noise"})
     antithetic: bool = field(default=True, metadata={"help": "draw candidates in pairs of mirrored noise"})
     advantage: Literal["group", "running"] = field(
         default="group",
@@ -35,7 +35,7 @@ class SRDDPOConfig(AlignmentConfig):
         default=None, metadata={"help": "clip of the likelihood ratio; null: 5e-4 for reduction mean, 0.2 for sum"}
     )
     log_prob_reduction: Literal["mean", "sum"] = field(
-        default="mean",
+        default="sum",
         metadata={"help": "over the coordinates of a latent; the clip range means something only with it"},
     )
     beta: float = field(default=0.0, metadata={"help": "weight of the KL divergence to the reference"})

@@ -61,7 +61,8 @@ class SRDDPOTrainer(AlignmentTrainer):
         # predicts the same.
         with eval_mode(self.model_wrapped):
             mean = self.generator.predict(batch["encoded"], cond, model=self.model_wrapped)
-        if self.args.noise == "residual":
+        if self.args.noise == "residual" and mean.shape == batch["encoded"].shape:
+            # Shapes differ for a generator without a latent, which refuses to have a policy below.
             batch["noise_direction"] = mean - batch["encoded"]
         policy = self._policy(mean, batch)
         batch["candidates"] = policy.sample(self._noise_sources(batch), antithetic=self.args.antithetic)

@@ -90,8 +90,10 @@ def test_accumulation_changes_nothing(
                 gradients[key] = [parameter.grad.clone() for parameter in self.generator_parameters()]
                 return super()._get_grad_norm(model, grad_norm)
 
-        # A wide policy: advantages divide the rewards' rounding errors by their spread.
-        changes = {"num_generations": 4, "scale_rewards": "batch", "sigma": 0.5} if kind is SRDDPOTrainer else {}
+        # A wide policy: advantages divide the rewards' rounding errors by their spread. No residual noise: the network
+        # is untrained, and a small direction magnifies rounding errors.
+        wide = {"num_generations": 4, "scale_rewards": "batch", "sigma": 0.5, "noise": "lowfreq", "noise_cell": 4}
+        changes = wide if kind is SRDDPOTrainer else {}
         make_trainer(
             Spy,
             config=config,
