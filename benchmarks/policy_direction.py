@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; torch's default otherwise")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all figures there")
     arguments = parser.parse_args()
+    if arguments.batches < 2:
+        parser.error("--batches must be at least 2: the standard error is taken over batches")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     batches = lr_batches(arguments.batches, arguments.batch_size, arguments.seed)
