@@ -60,7 +60,7 @@ def _check_trackers(names: Sequence[str]) -> None:
         raise ConfigError(
             f"{', '.join(missing)} is not installed",
             where="report_to",
-            fix=f"install it, or use none{''.join(f', {name}' for name in installed)}; metrics.jsonl is always written",
+            fix=f"install it, or use {', '.join(['none', *installed])}; metrics.jsonl is always written",
         )
 
 

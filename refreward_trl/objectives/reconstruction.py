@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LOG_MSE_FLOOR = 2e-3
-"""Added to the MSE inside the logarithm, 27 dB: an image that is nearly right already stops dominating the gradient."""
+"""Added to the MSE inside the logarithm, 27 dB: an image that is nearly right does not dominate the gradient."""
 
 
 def log_mse_loss(
