@@ -134,7 +134,9 @@ class GeneratorLoop(BareLoop):
             return self.config.anchor_weight * F.l1_loss(image, reference)
         now, target = (downscale(each, self.generator.scale) for each in (image, reference))
         allowed = (target - lr_image).square().mean(dim=(1, 2, 3)).clamp(min=1e-5)
-        return self.config.anchor_weight * ((now - target).square().mean(dim=(1, 2, 3)) / allowed).mean()
+        drift = (now - target).square().mean(dim=(1, 2, 3)) / allowed
+        growth = (now - lr_image).square().mean(dim=(1, 2, 3)).clamp(min=1e-5) / allowed
+        return self.config.anchor_weight * (drift + 0.25 * growth.log().abs()).mean()
 
     def image_of(self, mean: Tensor, cond: Any) -> Tensor:
         """The image of a predicted latent, clamped, with its graph."""
@@ -206,7 +208,7 @@ class DDPOLoop(GeneratorLoop):
 
 
 class FinetuneLoop(GeneratorLoop):
-    """L1 to the HR image through the frozen decoder, with averaged weights."""
+    """Distance to the HR image through the frozen decoder, with averaged weights."""
 
     def __init__(self, dataset: Any, config: Any, generator: Any, reward: Any) -> None:
         super().__init__(dataset, config, generator, reward)
@@ -216,8 +218,11 @@ class FinetuneLoop(GeneratorLoop):
         lr_image, hr_image = self.images(rows)
         with torch.no_grad():
             cond, z = self.start(lr_image)
-        image = self.generator.decode(self.generator.predict(z, cond), cond)
-        return self.config.pixel_weight * F.l1_loss(self.generator.postprocess(image, cond), hr_image)
+        image = self.generator.postprocess(self.generator.decode(self.generator.predict(z, cond), cond), cond)
+        if self.config.pixel_loss == "l1":
+            return self.config.pixel_weight * F.l1_loss(image, hr_image)
+        squares = (image - hr_image).square().mean(dim=(1, 2, 3))
+        return self.config.pixel_weight * 0.1 * (squares + 2e-3).log().mean()
 
     def after_step(self) -> None:
         if self.config.ema_decay is not None:
@@ -333,6 +338,12 @@ def measure(method: str, steps: int, folder: Path, flags: Sequence[str] = ()) ->
     if method in ("refl", "ddpo", "finetune"):
         words += ["--eval_on_start", "false"]
     recipe = read_recipe(f"tiny/{method}", method=method, flags=[*words, *flags])
+    if method == "finetune" and recipe.values["pixel_loss"] not in ("l1", "log_mse"):
+        raise ConfigError(
+            f"the bare loop has no pixel loss {recipe.values['pixel_loss']!r}",
+            where="pixel_loss",
+            fix="use l1 or log_mse",
+        )
     if method in ("refl", "ddpo") and recipe.values["anchor"] not in ("reference", "reference_lr"):
         raise ConfigError(
             f"the bare loop has no anchor {recipe.values['anchor']!r}",
