@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import traceback
 from typing import NamedTuple
 
@@ -36,6 +37,8 @@ COMMANDS = (
     Command("use", "env", "versions to paste into a bug report"),
 )
 NAMES = tuple(command.name for command in COMMANDS)
+HEAD_START = 10.0
+"""Seconds that the other ranks leave to rank 0 to report a mistake that all of them found."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,6 +116,8 @@ def _report(error: RefRewardError) -> None:
     # A launcher starts every rank with the same words: a mistake in them is told once. Other errors may be one rank's.
     rank = int(os.environ.get("RANK", "0"))
     if isinstance(error, ConfigError) and rank != 0:
+        # A launcher ends the other ranks as soon as one has failed: let rank 0 speak first.
+        time.sleep(HEAD_START)
         return
     prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"{prefix}error: {error}", file=sys.stderr)

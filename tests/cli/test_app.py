@@ -91,10 +91,14 @@ def test_ctrl_c_ends_with_130(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
 def test_a_mistake_in_the_words_is_told_by_one_process(rank, told, monkeypatch, capsys):
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert app.main(["refl", "--config", "none.yaml"]) == 2
     assert bool(capsys.readouterr().err) is told
+    # A launcher ends the others with the first that fails, so the silent ones must not be first.
+    assert bool(waited) is not told
 
 
 def test_another_error_is_told_by_every_process_with_its_rank(monkeypatch, capsys):

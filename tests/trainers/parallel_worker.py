@@ -104,7 +104,17 @@ class Failing:
         return brightness(completions=completions)
 
 
-DDPO = {"num_generations": 4, "sigma": 0.5, "scale_rewards": "batch", "num_iterations": 2, "anchor_weight": 0.1}
+# Noise that does not depend on what the untrained network adds: a small direction would magnify rounding errors.
+DDPO = {
+    "num_generations": 4,
+    "sigma": 0.5,
+    "noise": "lowfreq",
+    "noise_cell": 4,
+    "log_prob_reduction": "mean",
+    "scale_rewards": "batch",
+    "num_iterations": 2,
+    "anchor_weight": 0.1,
+}
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 3}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6}
 SCENARIOS: dict[str, tuple[type, type, dict[str, Any]]] = {
