@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import uuid
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ CALLED = {
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 EXTRA_STATE_FILE = "alignment_state-rank{rank}.json"
+FREE_SETTINGS = ("output_dir", "resume", "logging_", "log_", "report_to", "run_name", "disable_tqdm", "save_", "push_to_", "hub_")
+"""Beginnings of the names of settings that may change between the parts of a run without a word."""
 PACKAGES = ("refreward-trl", "torch", "transformers", "diffusers", "peft", "accelerate")
 
 logger = logging.get_logger(__name__)
@@ -146,7 +149,14 @@ class VerifiedCheckpoints(Trainer):
             "world_size": self.args.world_size,
             "threads": torch.get_num_threads(),
             "versions": package_versions(),
+            "settings": self._settings(),
         }
+
+    def _settings(self) -> dict[str, Any]:
+        """Returns the arguments that a resumed run should share with its first part."""
+        settings = {name: value for name, value in self.args.to_dict().items() if not name.startswith(FREE_SETTINGS)}
+        # As they look after a round trip, so that a tuple equals the list it became.
+        return json.loads(json.dumps(settings, default=str))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes the weights that training changes, on the rank that saves."""
@@ -217,6 +227,22 @@ class VerifiedCheckpoints(Trainer):
                 where=str(folder),
                 fix="launch as many processes as the run had, or start afresh in another output_dir",
             )
+        before = manifest.get("settings", {})
+        now = self._settings()
+        changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+        self._check_changes(folder, int(manifest["step"]), changed)
+
+    def _check_changes(self, folder: Path, step: int, changed: Mapping[str, tuple[Any, Any]]) -> None:
+        """Says which settings differ from those of the checkpoint; a subclass refuses those that it cannot change.
+
+        Args:
+            folder: The checkpoint that is resumed.
+            step: Its step.
+            changed: The values of the checkpoint and of this run, by the setting's name.
+        """
+        if changed:
+            listed = ", ".join(f"{name} {before!r} -> {now!r}" for name, (before, now) in sorted(changed.items()))
+            logger.warning(f"going on from {folder.name} with other settings than before: {listed}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         module = self.model if model is None else model

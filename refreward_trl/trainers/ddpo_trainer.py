@@ -30,6 +30,11 @@ from refreward_trl.types import LossOutput
 LEAST_CORRECTION = 1e-3
 """What the generator must add for residual noise, in standard deviations of the encoded LR image."""
 ROLLOUT_FILE = "rollout-rank{rank}.safetensors"
+ROLLOUT_SETTINGS = (
+    *("noise", "noise_cell", "sigma", "num_generations", "num_iterations", "log_prob_reduction"),
+    *("anchor", "anchor_weight", "beta", "per_device_train_batch_size", "gradient_accumulation_steps"),
+)
+"""What the candidates of a rollout were drawn with, and what was stored with them."""
 
 
 class SRDDPOTrainer(AlignmentTrainer):
@@ -217,6 +222,19 @@ class SRDDPOTrainer(AlignmentTrainer):
                 where="noise: residual",
                 fix="train the generator first (finetune), or set noise: lowfreq",
             )
+
+    def _check_changes(self, folder: Path, step: int, changed: Mapping[str, tuple[Any, Any]]) -> None:
+        iterations, _ = changed.get("num_iterations", (self.args.num_iterations, None))
+        fixed = [name for name in ROLLOUT_SETTINGS if name in changed]
+        if step % iterations and fixed:
+            before, now = changed[fixed[0]]
+            raise ConfigError(
+                f"{folder.name} lies in the middle of a rollout, whose candidates were drawn with {fixed[0]}: {before!r}"
+                f", not {now!r}",
+                where=fixed[0],
+                fix="resume with the settings of the run that wrote it, or from a checkpoint between two rollouts",
+            )
+        super()._check_changes(folder, step, changed)
 
     def _write_extra_state(self, folder: Path) -> dict[str, Any]:
         state = super()._write_extra_state(folder)

@@ -74,6 +74,22 @@ def test_an_explicit_checkpoint_never_falls_back(
         again(trained, make_generator, reward, pairs, resume=str(folder)).train()
 
 
+def test_other_settings_are_named(
+    trained: SRReFLTrainer, make_generator: Any, reward: Any, pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = checkpointing.read_manifest(Path(trained.args.output_dir) / "checkpoint-4")
+    trainer = again(trained, make_generator, reward, pairs, anchor_weight=2.5, **as_written(manifest, "learning_rate"))
+    with caplog.at_level("WARNING", logger="refreward_trl.trainers.checkpoint_hooks"):
+        trainer._resume_folder(None, "auto")
+    (line,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+    assert "anchor_weight 1.0 -> 2.5" in line and "max_steps 4 -> 5" in line
+    assert "learning_rate" not in line and "output_dir" not in line and "save_" not in line
+
+
+def as_written(manifest: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: manifest["settings"][name] for name in names}
+
+
 def test_never_refuses_to_mix_with_an_earlier_run(
     trained: SRReFLTrainer, make_generator: Any, reward: Any, pairs: Any
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from refreward_trl.errors import ConfigError
 from refreward_trl.trainers.base import AlignmentTrainer
 from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer
@@ -138,6 +139,20 @@ def test_stopping_at_every_step_changes_nothing(
         run(kind, config, "parts", adapter=adapter, stop=stop, **changes)
     resumed = run(kind, config, "parts", adapter=adapter, **changes)
     assert_same_end(whole, resumed, read_metrics)
+
+
+@pytest.mark.parametrize("change", [{"noise": "lowfreq"}, {"sigma": 0.2}, {"num_iterations": 2}, {"beta": 0.0}])
+def test_the_policy_of_a_rollout_cannot_change_inside_it(run: Callable[..., Any], change: dict[str, Any]) -> None:
+    (name,) = change
+    run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, stop=4, **DDPO)
+    with pytest.raises(ConfigError, match=f"checkpoint-4 lies in the middle of a rollout.* {name}: "):
+        run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, **DDPO | change)
+
+
+def test_it_can_change_between_two_rollouts(run: Callable[..., Any]) -> None:
+    run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, stop=3, **DDPO)
+    resumed = run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, **DDPO | {"noise": "lowfreq", "sigma": 0.2})
+    assert resumed.state.global_step == STEPS
 
 
 def test_lines_after_the_checkpoint_are_written_once(run: Callable[..., Any], read_metrics: Any) -> None:
