@@ -141,6 +141,7 @@ def build_train_dataset(arguments: DataArguments, seed: int) -> Any:
         scale=arguments.scale,
         crop_size=arguments.crop_size,
         crops_per_image=arguments.crops_per_image,
+        augmentation=arguments.augmentation,
         seed=seed,
         split=arguments.dataset_split,
     )

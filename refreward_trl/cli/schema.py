@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import textwrap
 import types
 import typing
 from typing import Any, Literal
@@ -197,7 +198,8 @@ def _plain_default(field: dataclasses.Field) -> Any:
 
 def _first_sentence(text: str) -> str:
     sentence = " ".join(text.split()).split(". ")[0]
-    return (sentence if sentence.endswith("...") else sentence.removesuffix("."))[:160]
+    sentence = sentence if sentence.endswith("...") else sentence.removesuffix(".")
+    return textwrap.shorten(sentence, width=160, placeholder=" ...")
 
 
 def generate() -> dict[str, Any]:

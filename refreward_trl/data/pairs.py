@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from refreward_trl.data.augmentation import draw_zoom, recolour, resize_crop
 from refreward_trl.data.degradations import DegradationPreset, degrade, get_preset
 from refreward_trl.data.images import to_float, to_uint8
 from refreward_trl.data.sources import ImageSource, PairSource, find_pairs, report_problems
 from refreward_trl.errors import ConfigError, DataError
 from refreward_trl.randomness import stateless_generator
 
+Augmentation = Literal["none", "flips", "strong"]
 MAX_CACHE_BYTES = 2**30
 """Datasets whose decoded pixels fit are decoded once, at the start, so that damaged files show before training."""
 
@@ -29,7 +31,7 @@ def load_pairs(
     crops_per_image: int = 1,
     seed: int = 0,
     split: str | None = None,
-    augment: bool = True,
+    augmentation: Augmentation = "flips",
 ) -> PairDataset:
     """Finds, checks and wraps the pairs of a source.
 
@@ -45,7 +47,8 @@ def load_pairs(
         seed: Fixes crops, flips and degradations.
         split: Of the default photos: train, heldout, val or test. Of a Hugging Face dataset: one of its splits. Of a
             folder: the subfolder of that name if there is one, else the whole folder. None: train, or the first split.
-        augment: Random horizontal flips and quarter turns of crops.
+        augmentation: Of crops: "flips" and quarter turns, "strong" (also zoomed and recoloured, for few photos; the LR
+            images must be made on the fly), or "none".
 
     Returns:
         The dataset. All headers have been checked, and all pixels too when they fit into `MAX_CACHE_BYTES`.
@@ -62,7 +65,7 @@ def load_pairs(
         crop_size=crop_size,
         crops_per_image=crops_per_image,
         seed=seed,
-        augment=augment,
+        augmentation=augmentation,
     )
 
 
@@ -107,15 +110,21 @@ class PairDataset(Dataset[dict[str, Any]]):
         crop_size: int | None,
         crops_per_image: int,
         seed: int,
-        augment: bool,
+        augmentation: Augmentation,
     ) -> None:
-        _check_arguments(scale, crop_size, crops_per_image)
+        _check_arguments(scale, crop_size, crops_per_image, augmentation)
+        if augmentation == "strong" and any(pair.lr_image is not None for pair in pairs):
+            raise ConfigError(
+                f"augmentation is strong, but {name} has LR images of its own, which no longer fit a zoomed HR image",
+                where="augmentation",
+                fix="use augmentation: flips",
+            )
         self.degradation = degradation
         self.scale = scale
         self.crop_size = crop_size
         self.crops_per_image = crops_per_image
         self.seed = seed
-        self.augment = augment
+        self.augmentation = augmentation
         self.photos = [pair.photo for pair in pairs]
         self.has_hr = pairs[0].hr_image is not None
         self._pairs = pairs
@@ -165,10 +174,18 @@ class PairDataset(Dataset[dict[str, Any]]):
         generator = stateless_generator(self.seed, "crop", photo, draw)
         grid, side = ("lr_image", crop_size // self.scale) if "lr_image" in images else ("hr_image", crop_size)
         height, width = images[grid].shape[1:]
-        limits = (height - side + 1, width - side + 1, *((2, 4) if self.augment else (1, 1)))
+        changes = stateless_generator(self.seed, "augmentation", photo, draw)
+        strong = self.augmentation == "strong"
+        if strong:
+            side = min(round(side / draw_zoom(changes)), height, width)
+        limits = (height - side + 1, width - side + 1, *((1, 1) if self.augmentation == "none" else (2, 4)))
         top, left, flip, turns = (int(torch.randint(limit, (), generator=generator)) for limit in limits)
         crop = CropSettings(top, left, side, bool(flip), turns)
-        return {key: crop.apply(image, 1 if key == grid else self.scale) for key, image in images.items()}
+        images = {key: crop.apply(image, 1 if key == grid else self.scale) for key, image in images.items()}
+        if strong:
+            image = resize_crop(to_float(images["hr_image"]), crop_size)
+            images["hr_image"] = to_uint8(recolour(image, changes))
+        return images
 
     def _check(self, name: str) -> None:
         """Checks every image and reports all problems at once; decodes and keeps the pixels when they fit."""
@@ -216,7 +233,11 @@ def _present(pair: PairSource) -> dict[str, ImageSource]:
     return {key: source for key, source in both.items() if source is not None}
 
 
-def _check_arguments(scale: int, crop_size: int | None, crops_per_image: int) -> None:
+def _check_arguments(scale: int, crop_size: int | None, crops_per_image: int, augmentation: str) -> None:
+    if augmentation not in get_args(Augmentation):
+        raise ConfigError(
+            f"augmentation is {augmentation!r}", where="augmentation", fix=f"use {', '.join(get_args(Augmentation))}"
+        )
     if scale < 1:
         raise ConfigError(f"scale {scale} is not positive", where="scale", fix="use the generator's scale, e.g. 4")
     if crop_size is not None and (crop_size < scale or crop_size % scale):

@@ -41,11 +41,10 @@ class AlignmentConfig(TrainingArguments):
         },
     )
     anchor: Literal["reference", "reference_lr", "lr_consistency", "hr", "none"] = field(
-        default="reference",
+        default="reference_lr",
         metadata={
-            "help": "what the SR image is held to: the frozen policy's image (reference), only its drift at LR "
-            "resolution in units of its LR error (reference_lr: detail stays free), the LR image, the HR image, or "
-            "nothing"
+            "help": "what holds the SR image: the frozen policy's image (reference), only its drift at LR resolution "
+            "(reference_lr), the LR image, the HR image, or nothing"
         },
     )
     anchor_weight: float = field(default=1.0, metadata={"help": "weight of the anchor in the loss"})

@@ -38,6 +38,10 @@ class SRDDPOConfig(AlignmentConfig):
         default="sum",
         metadata={"help": "over the coordinates of a latent; the clip range means something only with it"},
     )
+    anchor_weight: float = field(
+        default=4.0,
+        metadata={"help": "weight of the anchor in the loss; the default belongs to log_prob_reduction sum"},
+    )
     beta: float = field(default=0.0, metadata={"help": "weight of the KL divergence to the reference"})
     num_iterations: int = field(default=1, metadata={"help": "updates per rollout"})
     advantage_clip: float = field(default=5.0, metadata={"help": "largest absolute advantage"})

@@ -222,8 +222,47 @@ def test_without_augment_crops_are_plain_windows(tmp_path: Path) -> None:
     photo = hr_photo(0, 66, 81)
     windows = photo.unfold(1, 32, 1).unfold(2, 32, 1)
     for index in range(4):
-        crop = load_pairs(tmp_path, crop_size=32, crops_per_image=4, augment=False)[index]["hr_image"]
+        crop = load_pairs(tmp_path, crop_size=32, crops_per_image=4, augmentation="none")[index]["hr_image"]
         assert (windows == crop[:, None, None]).all(dim=(0, 3, 4)).any()
+
+
+def test_strong_augmentation_zooms_and_recolours(tmp_path: Path) -> None:
+    """Shapes and pairs stay what they are; the crops see more scales and colours than the photo has."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    write_png(tmp_path / "a.png", torch.stack([3 * y, 3 * x, torch.full_like(x, 30)]).to(torch.uint8))
+    crops = {
+        kind: [dict(row) for row in load_pairs(tmp_path, crop_size=32, crops_per_image=60, augmentation=kind)]
+        for kind in ("flips", "strong")
+    }
+    for row in crops["strong"]:
+        assert row["hr_image"].shape == (3, 32, 32) and row["lr_image"].shape == (3, 8, 8)
+        assert row["hr_image"].dtype == torch.uint8
+    ranges, flat_channels = {}, {}
+    for kind, rows in crops.items():
+        images = torch.stack([row["hr_image"] for row in rows]).int()
+        spread = images.amax((2, 3)) - images.amin((2, 3))
+        ranges[kind] = {int(value) for value in spread.flatten()}
+        flat_channels[kind] = {int(channel) for channel in spread.argmin(1)}
+    assert ranges["flips"] == {0, 93} and flat_channels["flips"] == {2}
+    assert max(ranges["strong"]) > 120 and flat_channels["strong"] == {0, 1, 2}
+
+
+def test_strong_augmentation_is_a_function_of_seed_and_index(tmp_path: Path) -> None:
+    write_flat(tmp_path, 2)
+    one, same, other = (
+        load_pairs(tmp_path, crop_size=32, crops_per_image=3, augmentation="strong", seed=seed) for seed in (1, 1, 2)
+    )
+    rows = [one[index] for index in (5, 0, 3)]
+    for row, index in zip(rows, (5, 0, 3), strict=True):
+        assert all(torch.equal(row[key], same[index][key]) for key in ("lr_image", "hr_image"))
+    assert any(not torch.equal(row["hr_image"], other[index]["hr_image"]) for row, index in zip(rows, (5, 0, 3), strict=True))
+
+
+def test_strong_augmentation_needs_lr_images_of_its_own_making(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has LR images of its own"):
+        load_pairs(write_pairs(tmp_path), crop_size=32, augmentation="strong")
+    with pytest.raises(ConfigError, match="augmentation is 'weak'"):
+        load_pairs(tmp_path / "hr", crop_size=32, augmentation="weak")  # type: ignore[arg-type]
 
 
 # Folders
