@@ -43,7 +43,7 @@ from refreward_trl.generators import straight_through_clamp
 from refreward_trl.randomness import stateless_generator, stateless_seed
 from refreward_trl.resampling import downscale
 from refreward_trl.reward_model.scoring import batched_vision_attention
-from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments
+from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments
 from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer
 from refreward_trl.trainers.finetune_config import SRFinetuneConfig
@@ -375,7 +375,7 @@ def generator_arms(recipe: Recipe) -> tuple[Any, BareLoop, Recorded]:
     config = build_arguments(config_class, recipe.values)
     data = build_arguments(DataArguments, recipe.values)
     source = build_arguments(GeneratorArguments, recipe.values)
-    samples = Recorded(build_train_dataset(data, config.seed))
+    samples = Recorded(build_train_dataset(data, build_arguments(CropArguments, recipe.values), config.seed))
     rewards = {} if recipe.method == "finetune" else {"reward_funcs": build_rewards(recipe.values["rewards"])[0]}
     generators = [build_generator(source, scale=data.scale, seed=config.seed) for _ in range(2)]
     lora = build_lora(source, generators[0])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from refreward_trl.generators.base import Generator
-    from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments
+    from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments
     from refreward_trl.types import RewardFunction
 
 EVALUATION_SEED = 0
@@ -131,7 +131,7 @@ def build_lora(arguments: GeneratorArguments, generator: Generator) -> LoraConfi
     )
 
 
-def build_train_dataset(arguments: DataArguments, seed: int) -> Any:
+def build_train_dataset(arguments: DataArguments, crops: CropArguments, seed: int) -> Any:
     """Returns the training crops."""
     from refreward_trl.data.pairs import load_pairs
 
@@ -140,8 +140,8 @@ def build_train_dataset(arguments: DataArguments, seed: int) -> Any:
         degradation=arguments.degradation,
         scale=arguments.scale,
         crop_size=arguments.crop_size,
-        crops_per_image=arguments.crops_per_image,
-        augmentation=arguments.augmentation,
+        crops_per_image=crops.crops_per_image,
+        augmentation=crops.augmentation,
         seed=seed,
         split=arguments.dataset_split,
     )

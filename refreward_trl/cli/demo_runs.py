@@ -243,12 +243,13 @@ class DemoRuns:
     def _training_data(self, recipe: Recipe, seed: int) -> tuple[Any, list[Row]]:
         """Training crops and validation photos; runs that ask for the same share them."""
         from refreward_trl.cli.building import build_arguments, build_eval_rows, build_train_dataset
-        from refreward_trl.trainers.arguments import DataArguments
+        from refreward_trl.trainers.arguments import CropArguments, DataArguments
 
         data = build_arguments(DataArguments, recipe.values)
-        key = (astuple(data), seed)
+        crops = build_arguments(CropArguments, recipe.values)
+        key = (astuple(data), astuple(crops), seed)
         if key not in self._datasets:
-            self._datasets[key] = build_train_dataset(data, seed), build_eval_rows(data)
+            self._datasets[key] = build_train_dataset(data, crops, seed), build_eval_rows(data)
         return self._datasets[key]
 
     @property

@@ -208,13 +208,19 @@ def generate() -> dict[str, Any]:
 
     from refreward_trl.rewards import REWARD_NAMES
     from refreward_trl.trainers.alignment_config import AlignmentConfig
-    from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments, JudgeArguments, RewardArguments
+    from refreward_trl.trainers.arguments import (
+        CropArguments,
+        DataArguments,
+        GeneratorArguments,
+        JudgeArguments,
+        RewardArguments,
+    )
     from refreward_trl.trainers.ddpo_config import SRDDPOConfig
     from refreward_trl.trainers.finetune_config import SRFinetuneConfig
     from refreward_trl.trainers.ref_reward_config import RefRewardConfig
     from refreward_trl.trainers.refl_config import SRReFLConfig
 
-    plain = (TrainingArguments, GeneratorArguments, DataArguments, RewardArguments, JudgeArguments)
+    plain = (TrainingArguments, GeneratorArguments, DataArguments, CropArguments, RewardArguments, JudgeArguments)
     derived = {
         AlignmentConfig: TrainingArguments,
         SRFinetuneConfig: AlignmentConfig,
@@ -222,7 +228,7 @@ def generate() -> dict[str, Any]:
         SRDDPOConfig: AlignmentConfig,
         RefRewardConfig: TrainingArguments,
     }
-    alignment = ["TrainingArguments", "AlignmentConfig", "GeneratorArguments", "DataArguments"]
+    alignment = ["TrainingArguments", "AlignmentConfig", "GeneratorArguments", "DataArguments", "CropArguments"]
     return {
         "methods": {
             "finetune": [*alignment, "SRFinetuneConfig"],

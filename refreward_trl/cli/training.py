@@ -47,7 +47,7 @@ def align(recipe: Recipe, config_class: type[AlignmentConfig], trainer_class: ty
     Writes into `output_dir`: the aligned generator in `generator/`, `measured.json` with the figures of every test
     image before and after, and `summary.json`, with the gain over a control run where the recipe names one.
     """
-    from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments, RewardArguments
+    from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments, RewardArguments
 
     config = build_config(config_class, recipe.values)
     data = build_arguments(DataArguments, recipe.values)
@@ -57,7 +57,7 @@ def align(recipe: Recipe, config_class: type[AlignmentConfig], trainer_class: ty
     rewards, names, weights = build_rewards(wanted.rewards)
     heldout, heldout_names, _ = build_rewards(wanted.heldout_rewards)
     watched = dict(zip([*names, *heldout_names], [*rewards, *heldout], strict=True))
-    train_dataset = build_train_dataset(data, config.seed)
+    train_dataset = build_train_dataset(data, build_arguments(CropArguments, recipe.values), config.seed)
     test_rows = build_test_rows(data)
     generator = build_generator(source, scale=data.scale, seed=config.seed)
     before = measure(generator, test_rows, watched, config, "before")
@@ -126,7 +126,7 @@ def compare(
 def finetune(recipe: Recipe) -> None:
     """Runs `finetune`: writes the generator to `output_dir/generator` and its figures to `summary.json`."""
     from refreward_trl.evaluation.sr_benchmark import benchmark_generator
-    from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments
+    from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments
     from refreward_trl.trainers.finetune_config import SRFinetuneConfig
     from refreward_trl.trainers.finetune_trainer import SRFinetuneTrainer
 
@@ -137,7 +137,7 @@ def finetune(recipe: Recipe) -> None:
     trainer = SRFinetuneTrainer(
         generator,
         args=config,
-        train_dataset=build_train_dataset(data, config.seed),
+        train_dataset=build_train_dataset(data, build_arguments(CropArguments, recipe.values), config.seed),
         eval_dataset=build_eval_rows(data),
         peft_config=build_lora(source, generator),
     )

@@ -53,13 +53,21 @@ class DataArguments:
     )
     scale: int = field(default=4, metadata={"help": "HR size over LR size"})
     crop_size: int = field(default=128, metadata={"help": "side of the training crops in HR pixels"})
+    max_eval_images: int | None = field(
+        default=None, metadata={"help": "evaluate and measure on the first so many images; null takes all"}
+    )
+
+
+@dataclass
+class CropArguments:
+    """The crops that a generator is trained on."""
+
     crops_per_image: int = field(default=1000, metadata={"help": "different crops of each photo in one epoch"})
     augmentation: Literal["none", "flips", "strong"] = field(
         default="flips",
-        metadata={"help": "of training crops: flips and quarter turns; strong zooms and recolours too, for few photos"},
-    )
-    max_eval_images: int | None = field(
-        default=None, metadata={"help": "evaluate and measure on the first so many images; null takes all"}
+        metadata={
+            "help": "of training crops: flips and quarter turns; strong zooms and recolours too, for few photos"
+        },
     )
 
 

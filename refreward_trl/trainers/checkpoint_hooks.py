@@ -50,7 +50,18 @@ CALLED = {
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 EXTRA_STATE_FILE = "alignment_state-rank{rank}.json"
-FREE_SETTINGS = ("output_dir", "resume", "logging_", "log_", "report_to", "run_name", "disable_tqdm", "save_", "push_to_", "hub_")
+FREE_SETTINGS = (
+    "output_dir",
+    "resume",
+    "logging_",
+    "log_",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "save_",
+    "push_to_",
+    "hub_",
+)
 """Beginnings of the names of settings that may change between the parts of a run without a word."""
 PACKAGES = ("refreward-trl", "torch", "transformers", "diffusers", "peft", "accelerate")
 

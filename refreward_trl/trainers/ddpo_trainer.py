@@ -229,8 +229,8 @@ class SRDDPOTrainer(AlignmentTrainer):
         if step % iterations and fixed:
             before, now = changed[fixed[0]]
             raise ConfigError(
-                f"{folder.name} lies in the middle of a rollout, whose candidates were drawn with {fixed[0]}: {before!r}"
-                f", not {now!r}",
+                f"{folder.name} lies in the middle of a rollout, whose candidates were drawn with "
+                f"{fixed[0]}: {before!r}, not {now!r}",
                 where=fixed[0],
                 fix="resume with the settings of the run that wrote it, or from a checkpoint between two rollouts",
             )

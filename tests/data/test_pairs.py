@@ -255,7 +255,9 @@ def test_strong_augmentation_is_a_function_of_seed_and_index(tmp_path: Path) -> 
     rows = [one[index] for index in (5, 0, 3)]
     for row, index in zip(rows, (5, 0, 3), strict=True):
         assert all(torch.equal(row[key], same[index][key]) for key in ("lr_image", "hr_image"))
-    assert any(not torch.equal(row["hr_image"], other[index]["hr_image"]) for row, index in zip(rows, (5, 0, 3), strict=True))
+    assert any(
+        not torch.equal(row["hr_image"], other[index]["hr_image"]) for row, index in zip(rows, (5, 0, 3), strict=True)
+    )
 
 
 def test_strong_augmentation_needs_lr_images_of_its_own_making(tmp_path: Path) -> None:
