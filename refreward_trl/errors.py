@@ -59,6 +59,12 @@ class SetupError(RefRewardError):
     exit_code = 6
 
 
+class Preempted(RefRewardError):
+    """A signal stopped a run, which is saved and can go on."""
+
+    exit_code = 75
+
+
 class TrainingError(RefRewardError):
     """A number went bad during training, or the start-up self-check failed; nothing was stepped."""
 

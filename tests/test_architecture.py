@@ -15,7 +15,7 @@ PACKAGE = Path(refreward_trl.__file__).parent
 
 # From the bottom to the top; a part may import from the layers below its own.
 LAYERS = (
-    {"errors", "randomness"},
+    {"errors", "randomness", "signals"},
     {"types", "resampling", "checkpointing"},
     {"objectives", "data", "generators", "reward_model"},
     {"rewards"},
@@ -123,7 +123,7 @@ def test_no_drawer_without_a_name():
 
 
 @pytest.mark.parametrize(
-    "name", ["__init__", "errors", "randomness", *(n for n, _ in modules() if n.startswith("cli"))]
+    "name", ["__init__", "errors", "randomness", "signals", *(n for n, _ in modules() if n.startswith("cli"))]
 )
 def test_light_modules_import_nothing_heavy_at_the_top(name):
     path = dict(modules()).get(name) or PACKAGE / f"{name}.py"

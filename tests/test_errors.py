@@ -11,5 +11,5 @@ def test_message_holds_what_where_and_fix() -> None:
 
 def test_exit_codes_are_distinct() -> None:
     kinds = [errors.ConfigError, errors.DataError, errors.RewardError, errors.CheckpointError, errors.SetupError,
-             errors.TrainingError]  # fmt: skip
-    assert [kind.exit_code for kind in kinds] == [2, 3, 4, 5, 6, 7]
+             errors.TrainingError, errors.Preempted]  # fmt: skip
+    assert [kind.exit_code for kind in kinds] == [2, 3, 4, 5, 6, 7, 75]

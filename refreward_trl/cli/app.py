@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -15,7 +16,8 @@ from typing import NamedTuple
 
 from refreward_trl import __version__
 from refreward_trl.cli.parser import did_you_mean
-from refreward_trl.errors import ConfigError, RefRewardError
+from refreward_trl.errors import ConfigError, Preempted, RefRewardError
+from refreward_trl.signals import STOPPING
 
 
 class Command(NamedTuple):
@@ -58,6 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     except RefRewardError as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, Preempted):
+            # What stopped the run comes again and again from some launchers; nothing is left that it could stop.
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)
         _report(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -118,6 +124,11 @@ def _report(error: RefRewardError) -> None:
     if isinstance(error, ConfigError) and rank != 0:
         # A launcher ends the other ranks as soon as one has failed: let rank 0 speak first.
         time.sleep(HEAD_START)
+        return
+    if isinstance(error, Preempted):
+        # All ranks have stopped together.
+        if rank == 0:
+            print(f"stopped: {error}", file=sys.stderr)
         return
     prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"{prefix}error: {error}", file=sys.stderr)

@@ -39,6 +39,7 @@ from refreward_trl.trainers.alignment_config import AlignmentConfig
 from refreward_trl.trainers.checkpoint_hooks import VerifiedCheckpoints, package_versions
 from refreward_trl.trainers.ema import WeightAverage, WeightAverageCallback
 from refreward_trl.trainers.ordering import BlockBatchSampler, MarkerAwareCollator, OncePerRollout
+from refreward_trl.trainers.preemption import EvaluationStoppedError
 from refreward_trl.trainers.recorder import MetricRecorder
 from refreward_trl.trainers.self_check import (
     DeepSpeedStepGuard,
@@ -344,8 +345,12 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         try:
             with torch.no_grad(), self.averaged_weights(), eval_mode(self.model_wrapped):
                 for batch in dataloader:
+                    self._stop_evaluation_if_asked()
                     rows.append(self.evaluate_batch(self.model_wrapped, self._images_to_float(batch)))
                     self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        except EvaluationStoppedError:
+            self._eval_recorder.flush(self._gather)
+            raise
         finally:
             self._evaluating = False
         means = _mean_rows(_interleaved(self._gather(rows), len(rows), dataset_size))

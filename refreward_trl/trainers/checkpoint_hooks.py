@@ -20,12 +20,12 @@ import safetensors.torch
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from refreward_trl import checkpointing
 from refreward_trl.errors import CheckpointError, ConfigError
+from refreward_trl.trainers.preemption import PreemptibleTrainer
 
 OVERRIDDEN = {
     "_save_checkpoint": ("self", "model", "trial"),
@@ -34,6 +34,10 @@ OVERRIDDEN = {
     "_load_best_model": ("self",),
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "_prepare_inputs": ("self", "inputs"),
+    "_maybe_log_save_evaluate": (
+        *("self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+        "learning_rate",
+    ),
 }
 """Private Trainer methods that this package overrides, with their parameters."""
 
@@ -44,6 +48,8 @@ CALLED = {
     "_get_output_dir": ("self", "trial"),
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
     "_prepare_input": ("self", "data"),
+    "_evaluate": ("self", "trial", "ignore_keys_for_eval", "skip_scheduler"),
+    "_determine_best_metric": ("self", "metrics", "trial"),
 }
 """Private Trainer methods that this package calls."""
 
@@ -68,21 +74,16 @@ PACKAGES = ("refreward-trl", "torch", "transformers", "diffusers", "peft", "acce
 logger = logging.get_logger(__name__)
 
 
-class VerifiedCheckpoints(Trainer):
+class VerifiedCheckpoints(PreemptibleTrainer):
     """A Trainer whose checkpoints are complete, verified and free of pickled code, wherever they hold our own state.
 
     Mix it in before anything else. A subclass adds its own state by `_write_extra_state` and `_read_extra_state`.
     """
 
     # Declared as optional or as unions by transformers, which no line here could use without a cast.
-    args: Any
     model: Any
-    model_wrapped: Any
     train_dataset: Any
     eval_dataset: Any
-    state: Any
-    accelerator: Any
-    callback_handler: Any
     data_collator: Any
 
     @property
@@ -127,7 +128,7 @@ class VerifiedCheckpoints(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-        extra = self._write_extra_state(folder)
+        extra = {**self._write_extra_state(folder), "evaluation_due": self._evaluation_due}
         name = EXTRA_STATE_FILE.format(rank=self.args.process_index)
         (folder / name).write_text(json.dumps(extra), encoding="utf-8")
         if self.args.should_save:
@@ -279,7 +280,7 @@ class VerifiedCheckpoints(Trainer):
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint
-        if folder is None:
+        if folder is None or self._stopped_by:
             return
         self._from_rank_zero(lambda: checkpointing.verify(folder) and None)
         if self.is_deepspeed_enabled:
@@ -294,6 +295,7 @@ class VerifiedCheckpoints(Trainer):
             state = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+        self._evaluation_due = bool(state["evaluation_due"])
         self._read_further_weights(folder)
         self._read_extra_state(folder, state)
 

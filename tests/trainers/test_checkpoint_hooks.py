@@ -13,6 +13,7 @@ from refreward_trl import checkpointing
 from refreward_trl.errors import CheckpointError, ConfigError
 from refreward_trl.trainers.base import AlignmentTrainer
 from refreward_trl.trainers.checkpoint_hooks import CALLED, OVERRIDDEN, VerifiedCheckpoints
+from refreward_trl.trainers.preemption import PreemptibleTrainer
 from refreward_trl.trainers.refl_config import SRReFLConfig
 from refreward_trl.trainers.refl_trainer import SRReFLTrainer
 
@@ -24,7 +25,7 @@ def test_the_private_methods_exist_with_their_parameters(name: str, parameters: 
 
 def test_no_other_private_method_is_overridden() -> None:
     private = {name for name in vars(Trainer) if name.startswith("_") and not name.startswith("__")}
-    ours = {*vars(VerifiedCheckpoints), *vars(AlignmentTrainer)}
+    ours = {*vars(PreemptibleTrainer), *vars(VerifiedCheckpoints), *vars(AlignmentTrainer)}
     assert private & ours == {*OVERRIDDEN, *(() if "_abc_impl" not in private else ("_abc_impl",))}
 
 

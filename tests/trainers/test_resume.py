@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from refreward_trl.errors import ConfigError
+from refreward_trl.checkpointing import list_checkpoints
+from refreward_trl.errors import ConfigError, Preempted
+from refreward_trl.signals import StopRequest
 from refreward_trl.trainers.base import AlignmentTrainer
 from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer
@@ -47,7 +52,16 @@ class StopAt(TrainerCallback):
 def run(
     make_generator: Any, reward: Any, black_box: Any, pairs: Any, lora: Any, settings: Any, tmp_path: Path
 ) -> Callable[..., AlignmentTrainer]:
-    def make(kind: type, config: type, name: str, *, adapter: bool, stop: int | None = None, **changes: Any) -> Any:
+    def make(
+        kind: type,
+        config: type,
+        name: str,
+        *,
+        adapter: bool,
+        stop: int | None = None,
+        extra: Any = None,
+        **changes: Any,
+    ) -> Any:
         keywords = settings(
             **{
                 "output_dir": str(tmp_path / name),
@@ -70,7 +84,7 @@ def run(
             train_dataset=pairs(7),
             eval_dataset=pairs(2),
             peft_config=lora(lora_dropout=0.2 if kind is SRReFLTrainer else 0.0) if adapter else None,
-            callbacks=[] if stop is None else [StopAt(stop)],
+            callbacks=[*([] if stop is None else [StopAt(stop)]), *([] if extra is None else [extra])],
         )
         trainer.train()
         return trainer
@@ -78,8 +92,10 @@ def run(
     return make
 
 
-def assert_same_end(one: Any, other: Any, read_metrics: Callable[..., list[dict[str, Any]]]) -> None:
-    assert one.state.global_step == other.state.global_step == STEPS
+def assert_same_end(
+    one: Any, other: Any, read_metrics: Callable[..., list[dict[str, Any]]], steps: int = STEPS
+) -> None:
+    assert one.state.global_step == other.state.global_step == steps
     for name, tensor in one.model.state_dict().items():
         assert torch.equal(tensor, other.model.state_dict()[name]), name
     for name, tensor in one.average.state_dict().items():
@@ -139,6 +155,75 @@ def test_stopping_at_every_step_changes_nothing(
         run(kind, config, "parts", adapter=adapter, stop=stop, **changes)
     resumed = run(kind, config, "parts", adapter=adapter, **changes)
     assert_same_end(whole, resumed, read_metrics)
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal, twice, in a step, in an evaluation or before the first step."""
+
+    def __init__(self, step: int, event: str, number: int) -> None:
+        self.step, self.number = step, number
+        setattr(self, event, self.send)
+
+    def send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "kept"),
+    [
+        ("on_step_begin", 3, 4),  # stops in the middle of a rollout
+        ("on_step_begin", 2, 3),  # stops where an evaluation is due
+        ("on_step_end", 2, 2),
+        ("on_prediction_step", 3, 3),
+        ("on_prediction_step", 0, None),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_stops_politely(
+    run: Callable[..., Any], read_metrics: Any, tmp_path: Path, event: str, step: int, kept: int | None, number: int
+) -> None:
+    settings = DDPO | {"lr_scheduler_type": "linear"}
+    whole = run(SRDDPOTrainer, SRDDPOConfig, "whole", adapter=True, **settings)
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match="SIG") as stop:
+        run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, extra=SignalAt(step, event, number), **settings)
+    assert signal.getsignal(number) == before
+    assert (f"checkpoint-{kept} is complete" in str(stop.value)) == (kept is not None)
+    assert [folder.name for folder in list_checkpoints(tmp_path / "parts")] == ([f"checkpoint-{kept}"] if kept else [])
+    resumed = run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, **settings)
+    assert_same_end(whole, resumed, read_metrics)
+
+
+def test_an_epoch_that_a_signal_cuts_short_is_not_evaluated_as_a_whole(
+    run: Callable[..., Any], read_metrics: Any
+) -> None:
+    """Seven samples, one a step: the signal comes in the middle of the first epoch, then at its end."""
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 9, "logging_steps": 1}
+    make = functools.partial(run, SRReFLTrainer, SRReFLConfig, adapter=True, per_device_train_batch_size=1, **settings)
+    whole = make(name="whole")
+    for step in (3, 6):
+        with pytest.raises(Preempted):
+            make(name="parts", extra=SignalAt(step, "on_step_begin", signal.SIGTERM))
+    assert_same_end(whole, make(name="parts"), read_metrics, steps=9)
+
+
+def test_signals_reach_python_again_after_training(run: Callable[..., Any]) -> None:
+    run(SRReFLTrainer, SRReFLConfig, "whole", adapter=True)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_children_ignore_what_the_run_notes() -> None:
+    with StopRequest() as request:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(request.signal)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal == signal.SIGTERM
 
 
 @pytest.mark.parametrize("change", [{"noise": "lowfreq"}, {"sigma": 0.2}, {"num_iterations": 2}, {"beta": 0.0}])
