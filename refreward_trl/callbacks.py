@@ -19,6 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from refreward_trl.data.images import to_pil, write_png
+from refreward_trl.errors import DISK_ERRORS, SetupError
 from refreward_trl.generators.base import Generator
 from refreward_trl.resampling import upscale
 
@@ -66,9 +67,18 @@ class MetricsWriter(TrainerCallback):
         numbers = {name: _jsonable(value) for name, value in logs.items()}
         line = {"step": state.global_step, "time": time.time(), **numbers}
         path = metrics_path(args.output_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            # Going on would leave a gap; a resumed run cuts off what was written of the line.
+            raise SetupError(
+                f"the metrics of step {state.global_step} cannot be written: "
+                f"{DISK_ERRORS.get(error.errno or 0, str(error))}",
+                where=str(path),
+                fix="make room, then run the same command again: it goes on from the newest checkpoint",
+            ) from error
 
 
 class Painter(Protocol):

@@ -5,6 +5,19 @@ The command line prints exactly `str(error)` and exits with `exit_code`; a trace
 
 from __future__ import annotations
 
+import errno
+
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the limit for one file",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk reports an error",
+}
+"""What the operating system says about a disk, in words."""
+
 
 class RefRewardError(Exception):
     """Base of every error the package raises on purpose.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from refreward_trl import __version__
 from refreward_trl.cli.parser import did_you_mean
-from refreward_trl.errors import ConfigError, Preempted, RefRewardError
+from refreward_trl.errors import DISK_ERRORS, ConfigError, Preempted, RefRewardError, SetupError
 from refreward_trl.signals import STOPPING
 
 
@@ -73,6 +73,11 @@ def main(argv: list[str] | None = None) -> int:
         # The reader (say, `head`) has gone; keep Python from complaining again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if debug or error.errno not in DISK_ERRORS:
+            raise
+        _report(SetupError(DISK_ERRORS[error.errno], where=str(error.filename or "a file that was written")))
+        return SetupError.exit_code
 
 
 def _dispatch(words: list[str]) -> int:

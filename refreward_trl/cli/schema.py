@@ -52,6 +52,7 @@ BOUNDS = {
     "lora_dropout": ">= 0, < 1",
     "lora_r": ">= 1",
     "max_eval_images": ">= 1",
+    "max_failed_rewards": ">= 0",
     "max_grad_norm": ">= 0",
     "max_groups": ">= 1",
     "max_steps": ">= -1",
@@ -64,7 +65,9 @@ BOUNDS = {
     "per_device_train_batch_size": ">= 1",
     "perceptual_weight": ">= 0",
     "pixel_weight": ">= 0",
+    "rank_check_steps": ">= 0",
     "reward_batch_size": ">= 1",
+    "reward_timeout": "> 0",
     "reward_weight": ">= 0",
     "save_steps": "> 0",
     "save_total_limit": ">= 1",
@@ -219,20 +222,23 @@ def generate() -> dict[str, Any]:
     from refreward_trl.trainers.finetune_config import SRFinetuneConfig
     from refreward_trl.trainers.ref_reward_config import RefRewardConfig
     from refreward_trl.trainers.refl_config import SRReFLConfig
+    from refreward_trl.trainers.run_config import RunConfig
 
     plain = (TrainingArguments, GeneratorArguments, DataArguments, CropArguments, RewardArguments, JudgeArguments)
     derived = {
-        AlignmentConfig: TrainingArguments,
+        RunConfig: TrainingArguments,
+        AlignmentConfig: RunConfig,
         SRFinetuneConfig: AlignmentConfig,
         SRReFLConfig: AlignmentConfig,
         SRDDPOConfig: AlignmentConfig,
-        RefRewardConfig: TrainingArguments,
+        RefRewardConfig: RunConfig,
     }
-    alignment = ["TrainingArguments", "AlignmentConfig", "GeneratorArguments", "DataArguments", "CropArguments"]
+    run = ["TrainingArguments", "RunConfig"]
+    alignment = [*run, "AlignmentConfig", "GeneratorArguments", "DataArguments", "CropArguments"]
     return {
         "methods": {
             "finetune": [*alignment, "SRFinetuneConfig"],
-            "rm": ["TrainingArguments", "DataArguments", "JudgeArguments", "RefRewardConfig"],
+            "rm": [*run, "DataArguments", "JudgeArguments", "RefRewardConfig"],
             "refl": [*alignment, "RewardArguments", "SRReFLConfig"],
             "ddpo": [*alignment, "RewardArguments", "SRDDPOConfig"],
         },

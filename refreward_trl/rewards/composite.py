@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,19 @@ from torch import Tensor
 
 from refreward_trl.errors import ConfigError, DataError, RefRewardError, RewardError
 from refreward_trl.rewards.batching import sample_labels
+from refreward_trl.rewards.deadline import DeadlineError, deadline
 from refreward_trl.types import Images, Metrics, RewardFunction
 
 Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum"]
+
+OnBad: TypeAlias = Literal["stop", "drop"]
 
 STD_EPSILON = 1e-4
 """What TRL adds to a group's standard deviation before dividing by it."""
 
 MAX_NAMED_SAMPLES = 5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,8 @@ class RewardTable:
             completion.
         per_reward: The raw `(B,)` values by name, unweighted, with their graphs.
         missing: How many completions each reward left unscored.
+        failed: How many of them because its call failed and `on_bad` is "drop". Such a completion has no total,
+            whatever other rewards say: its sum would lack a term that the candidates beside it have.
         weighted_sum: `(B,)` the weighted sum of the raw values without graph, which TRL logs as `reward`.
         group_std: Per reward the `(groups,)` standard deviation inside each group (n - 1); NaN below two scored
             candidates.
@@ -121,6 +129,7 @@ class RewardTable:
     total: Float[Tensor, " b"]
     per_reward: dict[str, Float[Tensor, " b"]]
     missing: dict[str, int]
+    failed: dict[str, int]
     weighted_sum: Float[Tensor, " b"]
     group_std: dict[str, Float[Tensor, " g"]]
 
@@ -132,6 +141,7 @@ class RewardTable:
             metrics[f"rewards/{name}/std"] = nan_std(values.detach()).item()
             metrics[f"rewards/{name}/group_std"] = _mean(self.group_std[name])
             metrics[f"rewards/{name}/missing"] = float(self.missing[name])
+            metrics[f"rewards/{name}/failed"] = float(self.failed[name])
         return metrics
 
 
@@ -148,6 +158,8 @@ def score_all(
     trainer_state: Any = None,
     log_metric: Callable[[str, float], None] | None = None,
     log_extra: Callable[[str, list[Any]], None] | None = None,
+    timeout: float | None = None,
+    on_bad: OnBad = "stop",
 ) -> RewardTable:
     """Calls every reward on a batch and combines what they return.
 
@@ -166,6 +178,9 @@ def score_all(
         trainer_state: Passed to the rewards as in TRL.
         log_metric: Passed to the rewards as in TRL: `log_metric(name, value)`.
         log_extra: Passed to the rewards as in TRL: `log_extra(column, values)`.
+        timeout: Seconds that one call of a reward may take; None for no limit. See `rewards.deadline`.
+        on_bad: What happens when a reward raises, takes too long or returns something that is not a reward: "stop"
+            raises, "drop" counts the completions as failed.
 
     Returns:
         The `RewardTable`, on the completions' device.
@@ -194,24 +209,39 @@ def score_all(
     _check_columns(arguments, count)
     labels = sample_labels(others, count)
     device = completions[0].device
-    per_reward = {
-        name: read_rewards(call_reward(func, name, arguments), name=name, labels=labels).to(device)
-        for func, name in zip(reward_funcs, names, strict=True)
-    }
-    return _table(per_reward, torch.tensor(weights, device=device), group_size, aggregation)
+    per_reward, failed = {}, {}
+    for func, name in zip(reward_funcs, names, strict=True):
+        failed[name] = torch.zeros(count, dtype=torch.bool, device=device)
+        try:
+            values = read_rewards(call_reward(func, name, arguments, timeout), name=name, labels=labels)
+        except RewardError as error:
+            if on_bad == "stop":
+                raise
+            logger.warning("%s\n%d completions are left out", error, count)
+            values = torch.full((count,), torch.nan)
+            failed[name][:] = True
+        per_reward[name] = values.to(device)
+    return _table(per_reward, failed, torch.tensor(weights, device=device), group_size, aggregation)
 
 
-def call_reward(func: RewardFunction, name: str, arguments: Mapping[str, Any]) -> Any:
+def call_reward(func: RewardFunction, name: str, arguments: Mapping[str, Any], timeout: float | None = None) -> Any:
     """Calls one reward with `arguments` as keywords.
 
     Raises:
-        RewardError: Naming the reward, chained to whatever it raised. The package's own errors pass unchanged: they
-            already say what, where and how to fix it.
+        RewardError: Naming the reward, chained to whatever it raised, or after `timeout` seconds. The package's own
+            errors pass unchanged: they already say what, where and how to fix it.
     """
     try:
-        return func(**arguments)
+        with deadline(timeout):
+            return func(**arguments)
     except RefRewardError:
         raise
+    except DeadlineError as error:
+        raise RewardError(
+            f"did not return within {timeout:g} seconds",
+            where=f"reward {name!r}",
+            fix="see what it waits for, or raise reward_timeout",
+        ) from error
     except Exception as error:
         raise RewardError(
             f"raised {type(error).__name__}: {error}",
@@ -367,7 +397,13 @@ def _short(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _table(per_reward: dict[str, Tensor], weights: Tensor, group_size: int, aggregation: Aggregation) -> RewardTable:
+def _table(
+    per_reward: dict[str, Tensor],
+    failed: dict[str, Tensor],
+    weights: Tensor,
+    group_size: int,
+    aggregation: Aggregation,
+) -> RewardTable:
     raw = torch.stack(list(per_reward.values()), dim=1)  # (B, rewards)
     grouped = raw.unflatten(0, (-1, group_size))  # (groups, K, rewards)
     group_std = nan_std(grouped.transpose(1, 2))  # (groups, rewards)
@@ -378,18 +414,24 @@ def _table(per_reward: dict[str, Tensor], weights: Tensor, group_size: int, aggr
         mean = grouped.detach().nanmean(1, keepdim=True)
         std = group_std.nan_to_num(nan=torch.inf).unsqueeze(1)
         combined = ((grouped - mean) / (std + STD_EPSILON)).flatten(0, 1)
+    incomplete = (torch.stack(list(failed.values()), dim=1) & _counted(weights)).any(1)
     return RewardTable(
-        total=_weighted_sum(combined, weights),
+        total=_weighted_sum(combined, weights).masked_fill(incomplete, torch.nan),
         per_reward=per_reward,
         missing={name: int(values.isnan().sum()) for name, values in per_reward.items()},
-        weighted_sum=_weighted_sum(raw.detach(), weights),
+        failed={name: int(rows.sum()) for name, rows in failed.items()},
+        weighted_sum=_weighted_sum(raw.detach(), weights).masked_fill(incomplete, torch.nan),
         group_std=dict(zip(per_reward, group_std.unbind(1), strict=True)),
     )
 
 
+def _counted(weights: Tensor) -> Tensor:
+    """Which rewards decide whether a completion is scored: those with a weight; all of them if none has one."""
+    return weights != 0 if bool(weights.any()) else torch.ones_like(weights, dtype=torch.bool)
+
+
 def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Sums over rewards; a value that is NaN adds nothing, and a row without any scored, weighted reward is NaN."""
-    counted = weights != 0 if bool(weights.any()) else torch.ones_like(weights, dtype=torch.bool)
-    scored = (~values.isnan() & counted).any(1)
+    scored = (~values.isnan() & _counted(weights)).any(1)
     total = (torch.where(values.isnan(), 0.0, values) * weights).sum(1)
     return torch.where(scored, total, torch.nan)

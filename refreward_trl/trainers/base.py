@@ -8,7 +8,6 @@ method needs.
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -26,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from refreward_trl import callbacks as our_callbacks
 from refreward_trl.data.collators import collate_pairs
-from refreward_trl.errors import ConfigError, DataError, RefRewardError, RewardError, SetupError, TrainingError
+from refreward_trl.errors import ConfigError, DataError, RefRewardError, RewardError, SetupError
 from refreward_trl.generators import load_generator
 from refreward_trl.generators.base import Condition, Generator
 from refreward_trl.objectives.anchors import fidelity_anchor, lr_consistency_anchor, lr_drift_anchor, reference_anchor
@@ -36,11 +35,12 @@ from refreward_trl.rewards import load_reward
 from refreward_trl.rewards.composite import RewardSpec, RewardTable, reward_names, score_all
 from refreward_trl.rewards.fidelity import SSIM_WINDOW, image_psnr, image_ssim
 from refreward_trl.trainers.alignment_config import AlignmentConfig
-from refreward_trl.trainers.checkpoint_hooks import VerifiedCheckpoints, package_versions
+from refreward_trl.trainers.checkpoint_hooks import package_versions
 from refreward_trl.trainers.ema import WeightAverage, WeightAverageCallback
 from refreward_trl.trainers.ordering import BlockBatchSampler, MarkerAwareCollator, OncePerRollout
 from refreward_trl.trainers.preemption import EvaluationStoppedError
 from refreward_trl.trainers.recorder import MetricRecorder
+from refreward_trl.trainers.resumable import ResumableTrainer
 from refreward_trl.trainers.self_check import (
     DeepSpeedStepGuard,
     PreparedModelWatch,
@@ -56,11 +56,13 @@ IMAGE_COLUMNS = ("lr_image", "hr_image")
 REFERENCE_ANCHORS = ("reference", "reference_lr")
 AVERAGE_FILE = "ema.safetensors"
 GENERATOR_FOLDER = "generator"
+FAILURE_WINDOW = 50
+"""Updates over which failed calls of rewards are counted."""
 
 RewardLike = RewardFunction | RewardSpec | str | Mapping[str, Any]
 
 
-class AlignmentTrainer(VerifiedCheckpoints, ABC):
+class AlignmentTrainer(ResumableTrainer, ABC):
     """Trains a one-step SR generator. Subclasses write `objective`, and where they need to the other two hooks.
 
     Promised to subclasses: the hooks `rollout`, `objective` and `evaluate_batch`; the services `reference()`,
@@ -112,8 +114,8 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         self.heldout_rewards, self.heldout_names, _ = _read_rewards(heldout_rewards, None)
         network = self._network_to_train(args, peft_config)
         _enable_activation_checkpointing(network, args)
-        self._recorder = MetricRecorder()
         self._eval_recorder = MetricRecorder()
+        self._failed_at: deque[int] = deque()
         self._evaluating = False
         super().__init__(
             model=network,
@@ -121,7 +123,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
             data_collator=data_collator or collate_pairs,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[our_callbacks.MetricsWriter(), *(callbacks or [])],
+            callbacks=callbacks,
             optimizers=optimizers,
         )
         self.args: AlignmentConfig = args
@@ -131,13 +133,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         self.average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
         self._add_own_callbacks()
         self._guard: DeepSpeedStepGuard | None = None
-        # The samples of one update, which an error names.
-        self._step_sample_ids: deque[str] = deque(
-            maxlen=args.per_device_train_batch_size * args.gradient_accumulation_steps
-        )
         self._first_update_checked = not args.self_check
-        self._seconds = 0.0
-        self._started_at: float | None = None
 
     # The three hooks
 
@@ -257,16 +253,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         an `eval_dataset`.
         """
         self._check_ready()
-        folder = self._resume_folder(resume_from_checkpoint, self.args.resume)
-        if folder is not None:
-            self._load_extra_state(folder)
-        self._started_at = time.monotonic()
-        eval_on_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and folder is None
-        try:
-            output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
-        finally:
-            self.args.eval_on_start = eval_on_start
-            self._stop_clock()
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.args.eval_strategy != "no" and self.eval_dataset is not None and self._finished_unevaluated():
             self.evaluate()
         if self.args.save_strategy != "no":
@@ -375,7 +362,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         output = self.objective(model, inputs)
         if watch is not None:
             watch.finish()
-        self._require_finite_loss(output.loss, inputs)
+        self._require_finite("loss", output.loss, inputs.get("sample_id", []))
         self.record({**output.metrics, "loss": output.loss})
         return (output.loss, output) if return_outputs else output.loss
 
@@ -390,13 +377,6 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
                 self._check_first_gradient(largest_gradient(self.generator_parameters()))
             self._first_update_checked = True
         return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with what was recorded since the last training line."""
-        if "loss" in logs:
-            # The recorded loss replaces the Trainer's own mean, which starts anew after a resume.
-            logs |= self._recorder.flush(self._gather)
-        super().log(logs, start_time)
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that are trained."""
@@ -469,7 +449,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         }
         error: RefRewardError | None = None
         try:
-            return score_all(
+            table = score_all(
                 funcs,
                 names,
                 weights,
@@ -480,12 +460,30 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
                 aggregation="sum_then_normalize" if group_size == 1 else self.args.reward_aggregation,
                 trainer_state=self.state,
                 log_metric=lambda name, value: self.record({name: value}),
+                timeout=self.args.reward_timeout,
+                on_bad=self.args.on_bad_reward,
             )
+            self._count_failures(table)
+            return table
         except RefRewardError as caught:
             error = caught
             raise
         finally:
             self._raise_together(error)
+
+    def _count_failures(self, table: RewardTable) -> None:
+        """Failed calls are left out, but not for ever."""
+        step = self.state.global_step
+        self._failed_at.extend([step] * sum(count > 0 for count in table.failed.values()))
+        while self._failed_at and self._failed_at[0] <= step - FAILURE_WINDOW:
+            self._failed_at.popleft()
+        if len(self._failed_at) > self.args.max_failed_rewards:
+            raise RewardError(
+                f"{len(self._failed_at)} calls failed in the last {FAILURE_WINDOW} updates; "
+                f"max_failed_rewards allows {self.args.max_failed_rewards}",
+                where="rewards",
+                fix="see the warnings above; a run goes on from its newest checkpoint",
+            )
 
     def _raise_together(self, own: RefRewardError | None) -> None:
         """Stops all ranks when one has an error, so that none waits for another that is gone."""
@@ -495,36 +493,6 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         for rank, message in enumerate(errors):
             if message is not None and own is None:
                 raise RewardError(f"rank {rank} stopped: {message}", where="rewards")
-
-    def _require_finite_loss(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
-        bad = ~torch.isfinite(loss.detach()).all()
-        if not self._any_rank(bad):
-            return
-        own = [str(sample_id) for sample_id in batch.get("sample_id", [])] if bool(bad) else []
-        raise self._not_finite("loss", self._gather(own))
-
-    def _require_finite_gradient(self, norm: Any) -> None:
-        bad = ~torch.isfinite(torch.as_tensor(norm)).all()
-        if self._any_rank(bad.to(self.accelerator.device)):
-            raise self._not_finite("gradient", self._gather(list(self._step_sample_ids)))
-
-    def _not_finite(self, what: str, sample_ids: Sequence[str]) -> TrainingError:
-        named = ", ".join(sorted(set(sample_ids)))
-        return TrainingError(
-            f"the {what} is not finite (samples: {named}); nothing was updated",
-            where=f"step {self.state.global_step + 1}",
-            fix="look at these samples and at the rewards' metrics; lower learning_rate or set max_grad_norm",
-        )
-
-    def _any_rank(self, flag: Tensor) -> bool:
-        count = flag.to(self.accelerator.device, torch.float32)
-        if self.args.world_size > 1:
-            count = self.accelerator.reduce(count, "sum")
-        return bool(count > 0)
-
-    def _gather(self, own: list[Any]) -> list[Any]:
-        """Concatenates the lists of all ranks."""
-        return gather_object(own) if self.args.world_size > 1 else own
 
     def _check_prepared(self, model: nn.Module) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -589,12 +557,7 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
     def _write_extra_state(self, folder: Path) -> dict[str, Any]:
         if self.average is not None and self.args.should_save:
             safetensors.torch.save_file(self.average.state_dict(), folder / AVERAGE_FILE)
-        metrics_file = our_callbacks.metrics_path(self._run_folder)
-        return {
-            "recorder": self._recorder.state(),
-            "seconds": self._seconds + (0.0 if self._started_at is None else time.monotonic() - self._started_at),
-            "metrics_bytes": metrics_file.stat().st_size if metrics_file.exists() else 0,
-        }
+        return super()._write_extra_state(folder)
 
     def _read_further_weights(self, folder: Path) -> None:
         if self.average is None:
@@ -609,17 +572,9 @@ class AlignmentTrainer(VerifiedCheckpoints, ABC):
         self.average.load_state_dict(safetensors.torch.load_file(path), where=str(path))
 
     def _read_extra_state(self, folder: Path, state: dict[str, Any]) -> None:
-        self._recorder.load_state(state["recorder"])
-        self._seconds = float(state["seconds"])
+        super()._read_extra_state(folder, state)
         # The checks belong to the first update of a run.
         self._first_update_checked = True
-        if self.is_world_process_zero():
-            our_callbacks.truncate_metrics(self._run_folder, int(state["metrics_bytes"]))
-
-    def _stop_clock(self) -> None:
-        if self._started_at is not None:
-            self._seconds += time.monotonic() - self._started_at
-            self._started_at = None
 
     def _finished_unevaluated(self) -> bool:
         finished = self.state.global_step >= self.state.max_steps

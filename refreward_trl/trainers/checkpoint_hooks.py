@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from refreward_trl import checkpointing
-from refreward_trl.errors import CheckpointError, ConfigError
+from refreward_trl.errors import CheckpointError, ConfigError, RefRewardError
+from refreward_trl.trainers import run_folder
+from refreward_trl.trainers.checksums import digest
 from refreward_trl.trainers.preemption import PreemptibleTrainer
 
 OVERRIDDEN = {
@@ -69,6 +72,8 @@ FREE_SETTINGS = (
     "hub_",
 )
 """Beginnings of the names of settings that may change between the parts of a run without a word."""
+MOST_FAILED_SAVES = 3
+"""So many saves in a row may fail before a run ends: a full disk may be someone else's, for a while."""
 PACKAGES = ("refreward-trl", "torch", "transformers", "diffusers", "peft", "accelerate")
 
 logger = logging.get_logger(__name__)
@@ -85,6 +90,11 @@ class VerifiedCheckpoints(PreemptibleTrainer):
     train_dataset: Any
     eval_dataset: Any
     data_collator: Any
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self._failed_saves = 0
+        self._save_problem: str | None = None
+        super().__init__(*arguments, **keywords)
 
     @property
     def _run_folder(self) -> Path:
@@ -103,24 +113,68 @@ class VerifiedCheckpoints(PreemptibleTrainer):
     # Saving
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step = self.state.global_step
-        run_folder = Path(self._get_output_dir(trial=trial))
-        final = checkpointing.checkpoint_folder(run_folder, step)
-        staged = checkpointing.staging_folder(run_folder, step, self._from_rank_zero(lambda: uuid.uuid4().hex[:8]))
-        if self.args.should_save:
-            staged.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
+        folder = Path(self._get_output_dir(trial=trial))
+        final = checkpointing.checkpoint_folder(folder, self.state.global_step)
+        token = self._from_rank_zero(lambda: uuid.uuid4().hex[:8])
+        staged = checkpointing.staging_folder(folder, self.state.global_step, token)
         self.store_flos()
-        self._note_best_checkpoint(run_folder)
-        self._write_parts(staged)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpointing.seal(staged, self._checkpoint_facts())
-            checkpointing.commit(staged, final)
-            checkpointing.rotate(run_folder, self.args.save_total_limit, [self.state.best_model_checkpoint])
-        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        self._note_best_checkpoint(folder)
+        # Each stage on all ranks, or on none any further.
+        written = (
+            self._write_together(lambda: staged.mkdir(parents=True), only_one=True)
+            and self._write_together(lambda: self._write_parts(staged))
+            and self._write_together(lambda: self._commit(staged, final), only_one=True)
+        )
+        if not written:
+            self.state.best_model_checkpoint = best
+            self._give_up_save(staged)
+            return
+        self._failed_saves = 0
+        self._write_together(lambda: self._rotate(folder), only_one=True)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _write_together(self, write: Callable[[], None], *, only_one: bool = False) -> bool:
+        """Runs `write` on all ranks, or on the one that saves, and returns whether all of them could."""
+        problem = None
+        if self.args.should_save or not only_one:
+            try:
+                write()
+            except Exception as error:
+                if not run_folder.is_write_error(error):
+                    raise
+                problem = run_folder.explain(error)
+        problems = [problem] if self.args.world_size == 1 else gather_object([problem])
+        self._save_problem = next((text for text in problems if text is not None), None)
+        return self._save_problem is None
+
+    def _commit(self, staged: Path, final: Path) -> None:
+        checkpointing.seal(staged, self._checkpoint_facts())
+        checkpointing.commit(staged, final)
+
+    def _rotate(self, folder: Path) -> None:
+        checkpointing.rotate(folder, self.args.save_total_limit, [self.state.best_model_checkpoint])
+
+    def _give_up_save(self, staged: Path) -> None:
+        """Deletes what was written of a checkpoint; a run that cannot save any more, or has to stop, ends.
+
+        Raises:
+            CheckpointError: At the third failure in a row, or when this was the last chance.
+        """
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+        self._failed_saves += 1
+        last_chance = self.control.should_training_stop or self._stopped_by
+        message = f"checkpoint-{self.state.global_step} could not be written: {self._save_problem}"
+        if self._failed_saves >= MOST_FAILED_SAVES or last_chance:
+            free = run_folder.readable(shutil.disk_usage(self._run_folder).free)
+            raise CheckpointError(
+                f"{message} ({free} free); the checkpoints before are intact",
+                where=str(self._run_folder),
+                fix="make room, then run the same command again: it goes on from the newest checkpoint",
+            )
+        logger.error(f"{message}; training goes on, and saves again after the next save_steps")
 
     def _write_parts(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -135,14 +189,14 @@ class VerifiedCheckpoints(PreemptibleTrainer):
             self._refresh_callback_states()
             self.state.save_to_json(str(folder / STATE_FILE))
 
-    def _note_best_checkpoint(self, run_folder: Path) -> None:
+    def _note_best_checkpoint(self, folder: Path) -> None:
         """Records the best checkpoint under its final name, also when it is the one that is being written."""
         best = self.state.best_global_step
         if not best:
             return
-        folder = checkpointing.checkpoint_folder(run_folder, best)
-        if best == self.state.global_step or folder.exists():
-            self.state.best_model_checkpoint = str(folder)
+        best_folder = checkpointing.checkpoint_folder(folder, best)
+        if best == self.state.global_step or best_folder.exists():
+            self.state.best_model_checkpoint = str(best_folder)
 
     def _refresh_callback_states(self) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -162,7 +216,28 @@ class VerifiedCheckpoints(PreemptibleTrainer):
             "threads": torch.get_num_threads(),
             "versions": package_versions(),
             "settings": self._settings(),
+            "weights_digest": self._weights_digest(),
         }
+
+    def _weights_digest(self) -> str | None:
+        """Returns the digest of the weights that training changes; None where no rank holds them whole (ZeRO-3)."""
+        weights = self._changing_weights(self.model.state_dict())
+        sharded = any(hasattr(parameter, "ds_status") for parameter in self.model.parameters())
+        return None if sharded else digest(weights)
+
+    def _check_loaded_weights(self, folder: Path) -> None:
+        """Makes sure that the weights of `folder` are really those in the model: loading could miss it silently.
+
+        Raises:
+            CheckpointError: They are not.
+        """
+        saved = checkpointing.read_manifest(folder).get("weights_digest")
+        if saved is not None and saved != self._weights_digest():
+            raise CheckpointError(
+                "the model does not hold the weights of the checkpoint after loading it",
+                where=str(folder),
+                fix="launch the run as before (DeepSpeed stage, adapter, precision)",
+            )
 
     def _settings(self) -> dict[str, Any]:
         """Returns the arguments that a resumed run should share with its first part."""
@@ -205,21 +280,21 @@ class VerifiedCheckpoints(PreemptibleTrainer):
         return None if folder is None else Path(folder)
 
     def _choose_checkpoint(self, policy: str) -> str | None:
-        run_folder = self._run_folder
+        own = self._run_folder
         if policy not in ("auto", "never"):
             self._check_manifest(Path(policy), checkpointing.verify(policy))
             return policy
         if policy == "never":
-            existing = checkpointing.list_checkpoints(run_folder)
+            existing = checkpointing.list_checkpoints(own)
             if existing:
                 raise ConfigError(
-                    f"{run_folder} already holds {existing[-1].name} of an earlier run",
+                    f"{own} already holds {existing[-1].name} of an earlier run",
                     where="resume",
                     fix="choose another output_dir, delete the old one, or go on from it with resume: auto",
                 )
             return None
-        checkpointing.remove_leftovers(run_folder)
-        newest = checkpointing.newest_intact(run_folder)
+        checkpointing.remove_leftovers(own)
+        newest = checkpointing.newest_intact(own)
         if newest is None:
             return None
         self._check_manifest(newest, checkpointing.read_manifest(newest))
@@ -307,7 +382,7 @@ class VerifiedCheckpoints(PreemptibleTrainer):
         if self.args.process_index == 0:
             try:
                 box[0] = make()
-            except (CheckpointError, ConfigError) as error:
+            except RefRewardError as error:
                 box[1] = (type(error), error.what, error.where, error.fix)
         broadcast_object_list(box)
         if box[1] is not None:

@@ -8,7 +8,8 @@ from typing import Literal
 from refreward_trl.errors import ConfigError
 from refreward_trl.generators.policies import NOISE_KINDS
 from refreward_trl.objectives.policy_gradient import default_clip_range
-from refreward_trl.trainers.alignment_config import AlignmentConfig, check_choice, check_range
+from refreward_trl.trainers.alignment_config import AlignmentConfig
+from refreward_trl.trainers.run_config import check_choice, check_range
 
 
 @dataclass

@@ -278,6 +278,7 @@ def _joined(tables: Sequence[RewardTable]) -> RewardTable:
         total=torch.cat([table.total for table in tables]),
         per_reward={name: torch.cat([table.per_reward[name] for table in tables]) for name in names},
         missing={name: sum(table.missing[name] for table in tables) for name in names},
+        failed={name: sum(table.failed[name] for table in tables) for name in names},
         weighted_sum=torch.cat([table.weighted_sum for table in tables]),
         group_std={name: torch.cat([table.group_std[name] for table in tables]) for name in names},
     )

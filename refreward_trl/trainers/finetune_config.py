@@ -7,7 +7,8 @@ from typing import Literal
 
 from refreward_trl.errors import ConfigError
 from refreward_trl.objectives.reconstruction import PIXEL_LOSSES
-from refreward_trl.trainers.alignment_config import AlignmentConfig, check_choice, check_range
+from refreward_trl.trainers.alignment_config import AlignmentConfig
+from refreward_trl.trainers.run_config import check_choice, check_range
 
 
 @dataclass

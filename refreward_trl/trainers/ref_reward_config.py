@@ -1,4 +1,4 @@
-"""Settings of `RefRewardTrainer`, on top of `transformers.TrainingArguments`."""
+"""Settings of `RefRewardTrainer`, on top of those of every run."""
 
 from __future__ import annotations
 
@@ -6,32 +6,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from transformers import TrainingArguments
-
 from refreward_trl.errors import ConfigError
-from refreward_trl.trainers.alignment_config import check_choice, check_range
+from refreward_trl.trainers.run_config import RunConfig, check_choice, check_range
 
 
 @dataclass
-class RefRewardConfig(TrainingArguments):
+class RefRewardConfig(RunConfig):
     """Configuration of `RefRewardTrainer`.
 
     One sample is one preference group: an LR image with its K candidates, so `per_device_train_batch_size` counts
-    groups and the judge sees K times as many images. `remove_unused_columns` stays false and a loss that is not finite
-    is never hidden.
+    groups and the judge sees K times as many images.
     """
 
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "keep false: images and pairs are columns that the network does not name"}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "log every so many updates"})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "keep false: true would log 0.0 in the place of a loss that is not finite"}
-    )
-    report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "trackers: none, tensorboard, wandb, trackio, ..."}
-    )
     judge: str = field(
         default="new",
         metadata={
@@ -77,13 +63,6 @@ class RefRewardConfig(TrainingArguments):
         check_range("distillation_weight", self.distillation_weight, low=0.0)
         check_range("max_groups", self.max_groups, low=1)
         check_range("eval_groups", self.eval_groups, low=1)
-        if self.remove_unused_columns:
-            raise ConfigError(
-                "remove_unused_columns is true, which would drop the images and the pairs",
-                where="remove_unused_columns",
-                fix="leave it false",
-            )
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 
 
 def _check_weights(weights: list[float], *, count: int) -> None:

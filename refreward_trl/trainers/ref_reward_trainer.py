@@ -10,15 +10,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from refreward_trl.data.images import to_float
-from refreward_trl.errors import CheckpointError, SetupError, TrainingError
+from refreward_trl.errors import CheckpointError, SetupError
 from refreward_trl.objectives.preference import centering_penalty, listwise_loss, pairwise_loss
 from refreward_trl.reward_model.conv import CONFIG_FILE, ConvJudge
 from refreward_trl.reward_model.loading import load_judge
@@ -26,7 +25,6 @@ from refreward_trl.reward_model.scoring import RateJudge, batched_vision_attenti
 from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.tiny import build_tiny_judge
 from refreward_trl.trainers.distillation import Teachers
-from refreward_trl.trainers.recorder import MetricRecorder
 from refreward_trl.trainers.ref_reward_batches import (
     GroupBatch,
     augment_groups,
@@ -37,6 +35,7 @@ from refreward_trl.trainers.ref_reward_batches import (
     ranks_from_pairs,
 )
 from refreward_trl.trainers.ref_reward_config import RefRewardConfig
+from refreward_trl.trainers.resumable import ResumableTrainer
 from refreward_trl.types import LossOutput
 
 NEW_JUDGE_TILE = 64
@@ -88,7 +87,7 @@ class PreferenceModel(nn.Module):
         judge.model.activation_checkpointing_enable(**options)
 
 
-class RefRewardTrainer(Trainer):
+class RefRewardTrainer(ResumableTrainer):
     """Trains a judge so that its scores order the candidates of an LR image as the preferences do.
 
     Rows of a dataset are preference groups: `sample_id`, `lr_image` uint8 `(3, h, w)`, `candidates` uint8
@@ -142,14 +141,13 @@ class RefRewardTrainer(Trainer):
             callbacks=callbacks,
         )
         self.teachers = self._open_teachers(args, train_dataset)
-        self._recorder = MetricRecorder()
-        self._update_ids: list[str] = []
-        self.add_callback(_GradientGuard(self))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `transformers.Trainer.train` does, with the batched vision attention."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """Trains, from the checkpoint that `args.resume` (or `resume_from_checkpoint`, if given) chooses."""
         with self._fast_attention():
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self.preference_model.eval()
         return output
 
@@ -168,7 +166,7 @@ class RefRewardTrainer(Trainer):
         """
         if model.training:
             self._refuse_unwrapped(model)
-            self._update_ids.extend(inputs["sample_id"])
+            self._step_sample_ids.extend(inputs["sample_id"])
             inputs = self._augmented(inputs)
         scores, temperature = score_groups(model, inputs)
         output = self._objective(scores, temperature, inputs)
@@ -176,10 +174,9 @@ class RefRewardTrainer(Trainer):
             distance = self.teachers.loss(scores, inputs)
             output.loss = output.loss + self.args.distillation_weight * distance
             output.metrics["distillation_loss"] = distance.detach()
-        finite = bool(output.loss.isfinite()) and bool(scores.isfinite().all())
-        self._stop_unless_finite(finite, "a score or the loss", inputs["sample_id"])
+        self._require_finite("score or loss", torch.stack([output.loss, scores.sum()]), inputs["sample_id"])
         if model.training:
-            self._recorder.record(output.metrics | {"temperature": temperature})
+            self._recorder.record(output.metrics | {"loss": output.loss, "temperature": temperature})
         return (output.loss, {"scores": scores}) if return_outputs else output.loss
 
     def evaluation_loop(
@@ -196,6 +193,7 @@ class RefRewardTrainer(Trainer):
         results: list[dict[str, Any]] = []
         with self._fast_attention(), torch.no_grad():
             for batch in dataloader:
+                self._stop_evaluation_if_asked()
                 inputs = cast(GroupBatch, self._prepare_inputs(batch))
                 scores, temperature = score_groups(model, inputs)
                 rows = [self._evaluate_group(scores, temperature, inputs, index) for index in range(len(scores))]
@@ -203,12 +201,6 @@ class RefRewardTrainer(Trainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarize_groups(results).items()}
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(results))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the training metrics since the last line to a line of training."""
-        if "loss" in logs:
-            logs |= self._recorder.flush(gather_object)
-        super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Keeps weight decay away from the temperature: it would pull it towards 1."""
@@ -227,16 +219,6 @@ class RefRewardTrainer(Trainer):
             prefix = "network."
             weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             self.judge.save_pretrained(folder, state_dict=weights)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # safetensors refuses tensors that share memory, as tied embeddings do.
-        state = self.preference_model.state_dict() if state_dict is None else state_dict
-        seen: set[int] = set()
-        for name, value in state.items():
-            if value.data_ptr() in seen:
-                state[name] = value.clone()
-            seen.add(value.data_ptr())
-        super()._save(output_dir, state)
 
     def _open_teachers(self, args: RefRewardConfig, groups: Dataset | None) -> Teachers | None:
         if not args.teachers:
@@ -307,40 +289,6 @@ class RefRewardTrainer(Trainer):
                 where="launch",
                 fix="on CPUs set use_cpu: true; see the launch table in the README",
             )
-
-    def _stop_unless_finite(self, finite: bool, what: str, sample_ids: Sequence[str]) -> None:
-        """Raises on all ranks if any rank has a bad number, so that none is left waiting."""
-        bad = [] if finite else list(sample_ids)
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([not finite], device=self.accelerator.device)
-            flags = cast(Tensor, self.accelerator.gather(flag))
-            if not flags.any():
-                return
-            bad = gather_object(bad)
-        elif finite:
-            return
-        raise TrainingError(
-            f"{what} is not finite; the weights are those before this step",
-            where=f"step {self.state.global_step + 1}, samples {', '.join(bad)}",
-            fix="look at these samples; if they are sound, lower learning_rate or max_grad_norm",
-        )
-
-
-class _GradientGuard(TrainerCallback):
-    """Stops before an optimizer step with gradients that are not finite."""
-
-    def __init__(self, trainer: RefRewardTrainer) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        sample_ids, trainer._update_ids = trainer._update_ids, []
-        # DeepSpeed keeps gradients to itself and a loss scaler skips bad steps on its own.
-        if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED or trainer.accelerator.scaler is not None:
-            return
-        gradients = [p.grad for p in trainer.preference_model.parameters() if p.grad is not None]
-        finite = bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-        trainer._stop_unless_finite(finite, "a gradient", sample_ids)
 
 
 def open_judge(source: RateJudge | ConvJudge | str, *, seed: int) -> RateJudge | ConvJudge:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from refreward_trl.trainers.alignment_config import AlignmentConfig, check_range
+from refreward_trl.trainers.alignment_config import AlignmentConfig
+from refreward_trl.trainers.run_config import check_range
 
 
 @dataclass

@@ -43,7 +43,8 @@ class SRReFLTrainer(AlignmentTrainer):
         if self.args.reward_weight:
             self._check_differentiable(table)
         reward = reward_loss(table.total, cap=self.args.reward_cap)
-        loss = self.args.reward_weight * reward.loss + self.anchor(image, batch)
+        # The last term keeps the graph of a batch whose rewards were all dropped: every rank runs a backward pass.
+        loss = self.args.reward_weight * reward.loss + self.anchor(image, batch) + 0.0 * image.sum()
         return LossOutput(loss, {**reward.metrics, **table.metrics()})
 
     def _check_ready(self) -> None:
@@ -57,7 +58,7 @@ class SRReFLTrainer(AlignmentTrainer):
 
     def _check_differentiable(self, table: RewardTable) -> None:
         for name, weight in zip(self.reward_names, self.reward_weights, strict=True):
-            if weight and not table.per_reward[name].requires_grad:
+            if weight and not table.failed[name] and not table.per_reward[name].requires_grad:
                 raise RewardError(
                     "is not differentiable: it returned numbers without a graph to the image",
                     where=f"reward {name!r}",

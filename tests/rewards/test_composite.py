@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -376,3 +377,48 @@ def test_recipe_entries_are_read(entry, expected):
 def test_bad_recipe_entries_are_refused(entry, message):
     with pytest.raises(ConfigError, match=message):
         RewardSpec.from_entry(entry)
+
+
+# Failures that a run puts up with
+
+
+@pytest.mark.parametrize("case", BAD_RETURNS)
+def test_dropped_candidates_have_no_total_and_are_counted(case):
+    value, _ = BAD_RETURNS[case]
+    fine = returns([1.0, 2.0, 3.0, 4.0], "fine")
+    table = score(fine, returns(value), on_bad="drop")
+    assert table.failed == {"fine": 0, "odd": 4}
+    assert table.total.isnan().all()
+    assert table.weighted_sum.isnan().all()
+    assert table.per_reward["fine"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert table.metrics()["rewards/odd/failed"] == 4.0
+
+
+def test_a_failed_reward_of_weight_0_takes_nothing_away():
+    table = score(returns([1.0] * 4, "fine"), returns(None), weights=[1.0, 0.0], on_bad="drop")
+    assert table.total.tolist() == [1.0] * 4
+    assert table.failed["odd"] == 4
+
+
+def test_missing_is_not_failed():
+    table = score(returns([1.0, None, NAN, 4.0], "gaps"), on_bad="drop")
+    assert (table.missing["gaps"], table.failed["gaps"]) == (2, 0)
+
+
+def test_a_reward_that_raises_or_hangs_is_dropped_too():
+    def raising(**columns):
+        raise ValueError("no")
+
+    def hanging(**columns):
+        time.sleep(30)
+
+    table = score(raising, hanging, on_bad="drop", timeout=0.1)
+    assert table.failed == {"raising": 4, "hanging": 4}
+
+
+def test_our_own_errors_are_never_dropped():
+    def unreadable(**columns):
+        raise DataError("no lr_image")
+
+    with pytest.raises(DataError):
+        score(unreadable, on_bad="drop")

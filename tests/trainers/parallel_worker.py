@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from accelerate.utils import DistributedType
 from conftest import ToyPairs, brightness, grey_generator, toy_lora
 from torch import Tensor, nn
@@ -93,6 +95,25 @@ class NotANumberGradient(WatchedReFL):
         return output
 
 
+class Drifting(WatchedReFL):
+    """After the second update one bit of one weight of the last rank is another."""
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
+        if self.state.global_step == 2 and self.args.process_index == self.args.world_size - 1:
+            with torch.no_grad():
+                self.generator_parameters()[1].flatten()[0].view(torch.int32).bitwise_xor_(1)
+        return super().training_step(*arguments, **keywords)
+
+
+class Preempting(WatchedDDPO):
+    """The scheduler's signal reaches the last rank only, in the fourth update."""
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
+        if self.state.global_step == 3 and self.args.process_index == self.args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(*arguments, **keywords)
+
+
 class Failing:
     """A reward that raises on one rank only."""
 
@@ -117,6 +138,14 @@ DDPO = {
 }
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 3}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6}
+RESUMABLE = {
+    **ADAMW,
+    **DDPO,
+    "ema_decay": 0.9,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "eval_strategy": "steps",
+}
 SCENARIOS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "refl-sgd": (WatchedReFL, SRReFLConfig, SGD),
     "ddpo-sgd": (WatchedDDPO, SRDDPOConfig, {**SGD, **DDPO}),
@@ -128,11 +157,9 @@ SCENARIOS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "nan": (NotANumber, SRReFLConfig, SGD),
     "nan-gradient": (NotANumberGradient, SRReFLConfig, SGD),
     "failing-reward": (WatchedReFL, SRReFLConfig, SGD),
-    "resumable": (
-        WatchedDDPO,
-        SRDDPOConfig,
-        {**ADAMW, **DDPO, "ema_decay": 0.9, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps"},
-    ),
+    "drift": (Drifting, SRReFLConfig, {**SGD, "learning_rate": 1e-3, "max_steps": 5, "rank_check_steps": 2}),
+    "preempted": (Preempting, SRDDPOConfig, RESUMABLE),
+    "resumable": (WatchedDDPO, SRDDPOConfig, RESUMABLE),
 }
 
 

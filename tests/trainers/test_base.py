@@ -422,3 +422,49 @@ def test_wrong_ddpo_settings_are_refused_by_key(changes: dict[str, Any], match: 
 
 def test_at_least_two_checkpoints_are_kept() -> None:
     assert SRReFLConfig(use_cpu=True, save_total_limit=1).save_total_limit == 2
+
+
+# Rewards that fail
+
+
+class FailsSometimes:
+    """A server that is gone at some calls."""
+
+    __name__ = "server"
+
+    def __init__(self, failing: set[int]) -> None:
+        self.failing, self.calls = failing, 0
+
+    def __call__(self, *, completions: torch.Tensor, **columns: Any) -> torch.Tensor:
+        self.calls += 1
+        if self.calls in self.failing:
+            raise ConnectionError("gone")
+        return 10 * completions.mean(dim=(1, 2, 3))
+
+
+def test_a_failing_reward_stops_the_run_by_default(make_trainer: Callable[..., Any]) -> None:
+    with pytest.raises(RewardError, match=r"server.*gone"):
+        make_trainer(rewards=FailsSometimes({2}), max_steps=4).train()
+
+
+def test_dropped_calls_change_no_weight_and_are_counted(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(
+        rewards=FailsSometimes({2, 3}), max_steps=4, on_bad_reward="drop", anchor="none", self_check=False
+    )
+    trainer.train()
+    failed = [line["rewards/server/failed"] for line in trainer.state.log_history if "rewards/server/failed" in line]
+    assert failed == [0.0, 2.0, 2.0, 0.0]
+    assert all(bool(parameter.isfinite().all()) for parameter in trainer.generator_parameters())
+
+
+def test_dropping_has_an_end(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(
+        rewards=FailsSometimes(set(range(2, 100))),
+        max_steps=40,
+        on_bad_reward="drop",
+        max_failed_rewards=2,
+        self_check=False,
+    )
+    with pytest.raises(RewardError, match="3 calls failed in the last 50 updates"):
+        trainer.train()
+    assert trainer.state.global_step == 3

@@ -75,6 +75,16 @@ def test_an_explicit_checkpoint_never_falls_back(
         again(trained, make_generator, reward, pairs, resume=str(folder)).train()
 
 
+def test_weights_that_did_not_arrive_are_noticed(
+    trained: SRReFLTrainer, make_generator: Any, reward: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading that does nothing, silently, is a known mistake of wrappers."""
+    trainer = again(trained, make_generator, reward, pairs)
+    monkeypatch.setattr(type(trainer.model), "load_state_dict", lambda *_, **__: None)
+    with pytest.raises(CheckpointError, match="does not hold the weights of the checkpoint"):
+        trainer.train()
+
+
 def test_other_settings_are_named(
     trained: SRReFLTrainer, make_generator: Any, reward: Any, pairs: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from refreward_trl import checkpointing
+
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("parallel_worker.py")
 CONFIGS = REPOSITORY / "deepspeed_configs"
@@ -99,7 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 SAME = ("refl-sgd", "ddpo-sgd", "vae-sgd", "refl-adamw", "ddpo-adamw")
-WRONG = ("unwrapped", "unwrapped-unchecked", "nan", "nan-gradient", "failing-reward")
+WRONG = ("unwrapped", "unwrapped-unchecked", "nan", "nan-gradient", "failing-reward", "drift", "preempted")
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,24 @@ def assert_stopped_together(output: Path, scenario: str, step: int) -> None:
 @pytest.mark.parametrize("scenario", ["nan", "nan-gradient"])
 def test_all_ranks_stop_at_a_number_that_is_not_finite(runs: Callable[..., Path], scenario: str) -> None:
     assert_stopped_together(runs("ddp_cpu.yaml", *WRONG), scenario, 1)
+
+
+def test_ranks_that_have_drifted_apart_stop(runs: Callable[..., Path]) -> None:
+    """The bit flips after step 2; the ranks compare their weights every other step."""
+    for rank in (0, 1):
+        facts = Result(runs("ddp_cpu.yaml", *WRONG), "drift", rank).facts
+        assert facts["step"] == 4
+        assert facts["error"]["kind"] == "TrainingError"
+        assert "the weights of rank 1 are not those of rank 0: " in facts["error"]["message"]
+
+
+def test_all_ranks_stop_at_the_signal_of_one(runs: Callable[..., Path]) -> None:
+    output = runs("ddp_cpu.yaml", *WRONG)
+    for rank in (0, 1):
+        facts = Result(output, "preempted", rank).facts
+        assert (facts["step"], facts["error"]["kind"]) == (4, "Preempted")
+        assert "SIGTERM stopped the run after step 4; checkpoint-4 is complete" in facts["error"]["message"]
+    assert checkpointing.verify(output / "preempted" / "run" / "checkpoint-4")["step"] == 4
 
 
 def test_all_ranks_stop_when_one_reward_raises(runs: Callable[..., Path]) -> None:

@@ -1,13 +1,15 @@
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
-from refreward_trl.errors import ConfigError, DataError, TrainingError
+from refreward_trl.errors import ConfigError, DataError, Preempted, TrainingError
 from refreward_trl.resampling import downscale
 from refreward_trl.reward_model.conv import ConvJudge
 from refreward_trl.reward_model.loading import load_judge
@@ -160,15 +162,59 @@ def test_saved_conv_judge_opens(tmp_path: Path) -> None:
     assert torch.equal(ConvJudge.from_pretrained(tmp_path / "judge").rate(*pair), run.judge.rate(*pair))
 
 
-def test_resuming_reaches_the_same_end(tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", max_steps=6, save_strategy="steps", save_steps=3)
-    whole.train()
-    halved = trainer(tmp_path / "halved", max_steps=6)
-    halved.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+class StopAt(TrainerCallback):
+    """Asks the run to stop, as a scheduler does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kind", ["rate", "conv"])
+def test_stopping_at_every_step_changes_nothing(tmp_path: Path, kind: str, read_metrics: Any) -> None:
+    """Epochs have four steps: evaluations, log lines and ends of epochs lie between the stops."""
+
+    def run(name: str, stop: int | None = None) -> RefRewardTrainer:
+        judge = small_judge() if kind == "rate" else ConvJudge(widths=(8, 16), hidden=8)
+        made = trainer(
+            *(tmp_path / name, judge),
+            max_steps=7,
+            save_strategy="steps",
+            save_steps=3,
+            eval_strategy="steps",
+            eval_steps=2,
+            logging_steps=3,
+            lr_scheduler_type="cosine",
+        )
+        if stop is not None:
+            made.add_callback(StopAt(stop))
+            with pytest.raises(Preempted, match=f"after step {stop + 1}; checkpoint-{stop + 1} is complete"):
+                made.train()
+        else:
+            made.train()
+        return made
+
+    whole = run("whole")
+    for stop in range(6):
+        run("parts", stop)
+    resumed = run("parts")
     for (name, first), second in zip(
-        whole.preference_model.named_parameters(), halved.preference_model.parameters(), strict=True
+        whole.preference_model.state_dict().items(), resumed.preference_model.state_dict().values(), strict=True
     ):
         assert torch.equal(first, second), name
+    moments = [run.optimizer.state_dict()["state"] for run in (whole, resumed)]
+    for key, state in moments[0].items():
+        assert all(torch.equal(tensor, moments[1][key][name]) for name, tensor in state.items())
+    timing = {"time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    kept = [
+        [{name: value for name, value in line.items() if name not in timing} for line in read_metrics(tmp_path / name)]
+        for name in ("whole", "parts")
+    ]
+    assert kept[0] == kept[1]
+    assert [line["step"] for line in kept[0]] == [2, 3, 4, 6, 6]
 
 
 def test_the_best_judge_is_kept(tmp_path: Path) -> None:
@@ -202,7 +248,7 @@ def test_weights_that_are_not_finite_stop_the_run_before_the_step(tmp_path: Path
     with torch.no_grad():
         run.judge.model.lm_head.weight.fill_(torch.nan)
     frozen = {name: value.clone() for name, value in run.preference_model.state_dict().items()}
-    with pytest.raises(TrainingError, match=r"step 1, samples (toy\d+(, )?){4}: a score or the loss"):
+    with pytest.raises(TrainingError, match=r"step 1: the score or loss is not finite \(samples: (toy\d+(, )?){4}\)"):
         run.train()
     for name, value in run.preference_model.state_dict().items():
         assert torch.equal(value.nan_to_num(9), frozen[name].nan_to_num(9)), name
@@ -212,7 +258,7 @@ def test_gradients_that_are_not_finite_stop_the_run_before_the_step(tmp_path: Pa
     run = trainer(tmp_path, gradient_accumulation_steps=2)
     run.judge.model.lm_head.weight.register_hook(lambda gradient: gradient * torch.nan)
     frozen = {name: value.clone() for name, value in run.preference_model.state_dict().items()}
-    with pytest.raises(TrainingError, match=r"step 1, samples (toy\d+(, )?){8}: a gradient is not finite"):
+    with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite \(samples: (toy\d+(, )?){8}\)"):
         run.train()
     for name, value in run.preference_model.state_dict().items():
         assert torch.equal(value, frozen[name]), name
@@ -222,14 +268,13 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
     def gradients(**split: int) -> list[torch.Tensor]:
         run = trainer(tmp_path, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **split)
         found: list[torch.Tensor] = []
-        original = run._stop_unless_finite
+        original = run._require_finite_gradient
 
-        def keep(finite: bool, what: str, sample_ids: Any) -> None:
-            if what == "a gradient":
-                found.extend(p.grad.clone() for p in run.preference_model.parameters() if p.grad is not None)
-            original(finite, what, sample_ids)
+        def keep(norm: Any) -> None:
+            found.extend(p.grad.clone() for p in run.preference_model.parameters() if p.grad is not None)
+            original(norm)
 
-        run._stop_unless_finite = keep  # type: ignore[method-assign]
+        run._require_finite_gradient = keep  # type: ignore[method-assign]
         run.train()
         return found
 
