@@ -7,7 +7,9 @@ waits: they are broken off, and made up for when the run goes on.
 
 from __future__ import annotations
 
+import json
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from refreward_trl.errors import Preempted
 from refreward_trl.signals import StopRequest
+
+STOPPED_FILE = "stopped.json"
+"""In the folder of a run that a signal stopped, until it goes on: launchers report every end but success as 1."""
 
 
 class EvaluationStoppedError(Exception):
@@ -45,6 +50,7 @@ class PreemptibleTrainer(Trainer):
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         """Trains, and raises `Preempted` once a run that a signal asked to stop is saved."""
         self._stopped_by = 0
+        self._mark_stopped(False)
         with StopRequest() as self._request:
             try:
                 output = super().train(*arguments, **keywords)
@@ -55,6 +61,16 @@ class PreemptibleTrainer(Trainer):
         if self._stopped_by:
             raise self._preempted()
         return output
+
+    def _mark_stopped(self, stopped: bool) -> None:
+        if not self.args.should_save:
+            return
+        path = Path(self.args.output_dir) / STOPPED_FILE
+        if stopped:
+            facts = {"signal": signal.Signals(self._stopped_by).name, "step": self.state.global_step}
+            path.write_text(json.dumps(facts), encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal has come on any rank; a collective call."""
@@ -102,6 +118,7 @@ class PreemptibleTrainer(Trainer):
                 f"{name} stopped the run after step {step}; nothing is kept, because save_strategy is no",
                 where=str(self.args.output_dir),
             )
+        self._mark_stopped(True)
         return Preempted(
             f"{name} stopped the run after step {step}; checkpoint-{step} is complete",
             where=str(self.args.output_dir),

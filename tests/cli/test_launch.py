@@ -6,13 +6,16 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from refreward_trl import checkpointing
 from refreward_trl.cli.packaged import packaged_folder
 from refreward_trl.data.images import to_uint8, write_png
 
@@ -52,23 +55,33 @@ def place(tmp_path) -> Path:
     return tmp_path
 
 
-def launch(place: Path, launch_file: str, *words: str) -> subprocess.CompletedProcess:
-    file = packaged_folder("deepspeed_configs") / launch_file
+def started(place: Path, launch_file: str | None, *words: str) -> subprocess.Popen:
+    """Starts a run in a session of its own, by a launch file or without a launcher."""
     root = str(Path(__file__).parents[2])
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(file),
-        "--main_process_port",
-        "0",
-    ]
+    command = [sys.executable]
+    if launch_file is not None:
+        file = packaged_folder("deepspeed_configs") / launch_file
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
     command += ["-m", "refreward_trl", "refl", "--config", "recipe.yaml", *words]
     # DeepSpeed's ninja lies beside this Python, which need not be on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root, "DS_ACCELERATOR": "cpu", "PATH": path}
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1200)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes)
+
+
+def ended(process: subprocess.Popen, timeout: float = 1200) -> subprocess.CompletedProcess:
+    """Waits for a run; kills all of its processes if it takes too long."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def launch(place: Path, launch_file: str, *words: str) -> subprocess.CompletedProcess:
+    return ended(started(place, launch_file, *words))
 
 
 @pytest.mark.parametrize(
@@ -97,3 +110,29 @@ def test_a_mistake_is_told_once_and_before_anything_starts(place):
     assert done.returncode != 0
     assert done.stderr.count("did you mean 'learning_rate'?") == 1
     assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("launch_file", "code"),
+    [(None, 75), ("ddp_cpu.yaml", 1), pytest.param("zero2.yaml", 1, marks=needs_deepspeed)],
+)
+def test_a_signal_saves_the_run_which_then_goes_on(place, launch_file, code):
+    """The signal goes to what was started, as from a scheduler: launchers pass SIGTERM on and return 1 themselves."""
+    long = ("--max_steps", "100000", "--save_steps", "100000", "--logging_steps", "1")
+    process = started(place, launch_file, *long)
+    metrics, patience = place / "run/metrics.jsonl", time.monotonic() + 600
+    while not (metrics.exists() and metrics.read_text().count('"loss"') >= 2):
+        assert process.poll() is None and time.monotonic() < patience, process.communicate()[1][-4000:]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    stopped = ended(process, timeout=120)
+    assert stopped.returncode == code, stopped.stderr[-4000:]
+    step = json.loads((place / "run/stopped.json").read_text())["step"]
+    assert stopped.stderr.count(f"SIGTERM stopped the run after step {step}; checkpoint-{step} is complete") == 1
+    assert checkpointing.verify(place / f"run/checkpoint-{step}")["step"] == step
+    done = ended(started(place, launch_file, "--max_steps", str(step + 2)))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"resuming from run/checkpoint-{step}" in done.stderr + done.stdout
+    assert f"max_steps 100000 -> {step + 2}" in done.stderr + done.stdout
+    assert json.loads((place / "run/summary.json").read_text())["steps"] == step + 2
+    assert not (place / "run/stopped.json").exists()

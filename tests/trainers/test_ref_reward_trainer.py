@@ -214,7 +214,7 @@ def test_stopping_at_every_step_changes_nothing(tmp_path: Path, kind: str, read_
         for name in ("whole", "parts")
     ]
     assert kept[0] == kept[1]
-    assert [line["step"] for line in kept[0]] == [2, 3, 4, 6, 6]
+    assert [line["step"] for line in kept[0]] == [2, 3, 4, 6, 6, 7]
 
 
 def test_the_best_judge_is_kept(tmp_path: Path) -> None:

@@ -190,10 +190,12 @@ def test_a_signal_stops_politely(
     with pytest.raises(Preempted, match="SIG") as stop:
         run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, extra=SignalAt(step, event, number), **settings)
     assert signal.getsignal(number) == before
+    assert (tmp_path / "parts" / "stopped.json").exists() == (kept is not None)
     assert (f"checkpoint-{kept} is complete" in str(stop.value)) == (kept is not None)
     assert [folder.name for folder in list_checkpoints(tmp_path / "parts")] == ([f"checkpoint-{kept}"] if kept else [])
     resumed = run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, **settings)
     assert_same_end(whole, resumed, read_metrics)
+    assert not (tmp_path / "parts" / "stopped.json").exists()
 
 
 def test_an_epoch_that_a_signal_cuts_short_is_not_evaluated_as_a_whole(
