@@ -14,12 +14,13 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constrai
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test check format install
+.PHONY: help demo test check faults format install
 
 help:
 	@echo 'make demo    align a small one-step SR generator and write runs/demo/report.html'
 	@echo 'make check   ruff, pyright and the fast tests'
 	@echo 'make test    make check, then the slow tests'
+	@echo 'make faults  kill runs, fill disks, damage checkpoints: what docs/reliability.md reports'
 	@echo 'make format  rewrite the code in the house format'
 
 install: $(STAMP)
@@ -38,12 +39,15 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow and not faults'
 
 test: check
 	@# A run that was killed while it compiled leaves a lock behind, on which the next one would wait for ever.
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
 	$(BIN)/python -m pytest -q -m slow
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -q -m faults
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,9 @@
 """Checkpoints that are either complete or invisible.
 
 A checkpoint is written to a hidden staging folder, every file is flushed to disk, a manifest with the size and the
-SHA-256 of every file is written last, and one rename makes it visible as `checkpoint-<step>`. Older ones are deleted
-only afterwards. Whoever loads one verifies it against its manifest first, so a damaged file is named and never half
-loaded.
+SHA-256 of every file, and of itself, is written last, and one rename makes it visible as `checkpoint-<step>`. Older
+ones are deleted only afterwards. Whoever loads one verifies it against its manifest first, so a damaged file is named
+and never half loaded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 from refreward_trl.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+OWN_DIGEST = "manifest_sha256"
+NO_DIGEST = "0" * 64
 FORMAT_VERSION = 1
 CHECKPOINT_PREFIX = "checkpoint-"
 STAGING_PREFIX = ".tmp-checkpoint-"
@@ -54,8 +56,14 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
     for subfolder in sorted({path.parent for path in _files(folder)}):
         _flush(subfolder)
     manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
-    write_durably(folder / MANIFEST, json.dumps(manifest, indent=2))
+    write_durably(folder / MANIFEST, manifest_text(manifest))
     _flush(folder)
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """Returns a manifest as JSON that holds the SHA-256 of its own text, taken with zeros in the digest's place."""
+    text = json.dumps({OWN_DIGEST: NO_DIGEST, **manifest}, indent=2)
+    return text.replace(NO_DIGEST, _sha256_of(text), 1)
 
 
 def commit(staged: Path, final: Path) -> None:
@@ -81,8 +89,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
         version, files = manifest["format_version"], manifest["files"]
+        own_digest = str(manifest.pop(OWN_DIGEST))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no {MANIFEST}, so the checkpoint is not complete",
@@ -98,6 +108,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{MANIFEST} has format version {version!r}; this version of the package reads {FORMAT_VERSION}",
             where=str(folder),
             fix="resume with the version that wrote it",
+        )
+    if own_digest != _sha256_of(text.replace(own_digest, NO_DIGEST, 1)):
+        raise CheckpointError(
+            f"{MANIFEST} does not match its own SHA-256: the content has changed",
+            where=str(folder),
+            fix="use another checkpoint of the run, or resume: auto",
         )
     return manifest
 
@@ -184,6 +200,10 @@ def _problem(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None
     if _sha256(path) != expected["sha256"]:
         return "does not match its SHA-256: the content has changed"
     return None
+
+
+def _sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -73,8 +73,9 @@ def test_nothing_intact_gives_none(tmp_path: Path) -> None:
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (tmp_path / "secret").write_text("x")
-    manifest = (folder / "manifest.json").read_text().replace("part/state.json", "../secret")
-    (folder / "manifest.json").write_text(manifest)
+    manifest = checkpointing.read_manifest(folder)
+    manifest["files"]["../secret"] = manifest["files"].pop("part/state.json")
+    (folder / "manifest.json").write_text(checkpointing.manifest_text(manifest))
     with pytest.raises(CheckpointError, match="outside"):
         checkpointing.verify(folder)
 

@@ -1,0 +1,143 @@
+"""SIGKILL at any moment: what is visible is complete, and the run that goes on ends in the same bits.
+
+The matrix of docs/reliability.md calls these R01 (any moment) and R02 (any file operation of a save).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from refreward_trl import checkpointing
+
+pytestmark = pytest.mark.faults
+
+KINDS = ("rm-conv", "refl-lora", "refl-full", "ddpo-lora", "ddpo-full")
+TRIALS = 30
+"""Kills at random moments, for each kind."""
+SAVE = 4
+"""The step whose save is killed: there is a checkpoint before it, and it deletes none."""
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate"}
+
+
+class FileOperations:
+    """Counts what is done to the files of a folder while it is on, and kills this process before one of them."""
+
+    def __init__(self, folder: Path, fatal: int | None = None) -> None:
+        self.folder, self.fatal = str(folder), fatal
+        self.on, self.count = False, 0
+        sys.addaudithook(self._hook)
+        self._fsync, os.fsync = os.fsync, self._counted_fsync
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.on and event in EVENTS and str(arguments[0]).startswith(self.folder):
+            self._tick()
+
+    def _counted_fsync(self, descriptor: int) -> None:
+        if self.on:
+            self._tick()
+        self._fsync(descriptor)
+
+    def _tick(self) -> None:
+        if self.count == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.count += 1
+
+
+class KillIn(TrainerCallback):
+    """Kills the process at the beginning of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(
+    harness: SimpleNamespace, kind: str, folder: Path, *, fatal: int | None = None, kill_in: int | None = None
+) -> dict[str, Any]:
+    """Runs in the child. Returns how it ended, and the number of file operations of the watched save."""
+    trainer = harness.make_trainer(kind, folder)
+    operations = FileOperations(folder, fatal)
+    save = trainer._save_checkpoint
+
+    def watched(model: Any, trial: Any) -> None:
+        operations.on = trainer.state.global_step == SAVE
+        save(model, trial)
+        operations.on = False
+
+    trainer._save_checkpoint = watched
+    if kill_in is not None:
+        trainer.add_callback(KillIn(kill_in))
+    trainer.train()
+    return {**harness.ending(trainer), "operations": operations.count}
+
+
+class Trials:
+    """Kills runs of one kind and lets them go on."""
+
+    def __init__(self, harness: SimpleNamespace, kind: str, folder: Path) -> None:
+        self.harness, self.kind, self.folder = harness, kind, folder
+        started = time.monotonic()
+        code, self.reference = self.run("reference")
+        self.seconds = time.monotonic() - started
+        assert code == 0, (folder / "reference.log").read_text()[-3000:]
+        self.operations = self.reference.pop("operations")
+
+    def run(self, name: str, kill_after: float | None = None, **how: Any) -> tuple[int, Any]:
+        action = functools.partial(train, self.harness, self.kind, self.folder / name, **how)
+        return self.harness.in_child(action, self.folder / f"{name}.log", kill_after)
+
+    def kill_and_go_on(self, name: str, **how: Any) -> bool:
+        """Returns whether the run was killed before its end."""
+        code, _ = self.run(name, **how)
+        assert code in (0, -signal.SIGKILL), (self.folder / f"{name}.log").read_text()[-3000:]
+        for checkpoint in checkpointing.list_checkpoints(self.folder / name):
+            checkpointing.verify(checkpoint)
+        again, end = self.run(name)
+        assert again == 0, (self.folder / f"{name}.log").read_text()[-3000:]
+        end.pop("operations")
+        assert end == self.reference, f"{self.kind}, {name}: {how}"
+        return code != 0
+
+
+@pytest.fixture
+def trials(harness: SimpleNamespace, tmp_path: Path) -> Callable[[str], Trials]:
+    return lambda kind: Trials(harness, kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["rm-conv", "refl-lora", "ddpo-full"])
+def test_killed_before_every_file_operation_of_a_save(trials: Callable[[str], Trials], kind: str) -> None:
+    run = trials(kind)
+    assert run.operations > 20
+    for k in range(run.operations):
+        assert run.kill_and_go_on(f"operation-{k}", fatal=k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_any_moment(trials: Callable[[str], Trials], kind: str) -> None:
+    run = trials(kind)
+    moments = random.Random(kind)
+    for number in range(TRIALS):
+        run.kill_and_go_on(f"moment-{number}", kill_after=moments.uniform(0.1, 1.0) * run.seconds)
+
+
+@pytest.mark.parametrize("kind", ["ddpo-lora", "ddpo-full"])
+def test_killed_inside_a_rollout(trials: Callable[[str], Trials], kind: str) -> None:
+    """Steps 1, 2, 4 and 5 lie inside the two rollouts of three updates; checkpoints 2 and 4 too."""
+    run = trials(kind)
+    for step in (1, 2, 4, 5):
+        assert run.kill_and_go_on(f"step-{step}", kill_in=step)
