@@ -47,7 +47,7 @@ test: check
 	$(BIN)/python -m pytest -q -m slow
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest -q -m faults
+	$(BIN)/python -m pytest -q tests/faults -m faults --reliability-report docs/reliability.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +93,7 @@ def make_trainer(kind: str, folder: Path, **changes: Any) -> Any:
         return SRReFLTrainer(toys.grey_generator(), toys.brightness, args=SRReFLConfig(**settings), **data)
     # Three updates per rollout: most kills happen inside one.
     rollout = {"num_generations": 4, "num_iterations": 3, "advantage": "running", "beta": 0.1}
-    return SRDDPOTrainer(toys.grey_generator(), black_box, args=SRDDPOConfig(**settings, **rollout), **data)
+    return SRDDPOTrainer(toys.grey_generator(), black_box, args=SRDDPOConfig(**{**rollout, **settings}), **data)
 
 
 def ending(trainer: Any) -> dict[str, Any]:
@@ -152,6 +153,83 @@ def in_child(action: Callable[[], Any], log: Path, kill_after: float | None = No
     assert time.monotonic() - started < PATIENCE, f"the child hung: {log.read_text()[-3000:]}"
     code = os.waitstatus_to_exitcode(status)
     return code, json.loads(result.read_text()) if code == 0 else None
+
+
+class Tally:
+    """Counts the trials of one row of docs/reliability.md."""
+
+    def __init__(self, rows: dict[str, dict[str, Any]], name: str) -> None:
+        assert name in MATRIX, name
+        self._row = rows.setdefault(name, {"trials": 0, "held": 0})
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """One injected fault; it has held if nothing is raised inside."""
+        self._row["trials"] += 1
+        yield
+        self._row["held"] += 1
+
+
+MATRIX = {
+    "kill-anywhere": "SIGKILL at a random moment of a run, which then goes on: weights, moments, averages, scheduler, "
+    "random state and metrics end bit-identical to those of a run that was never killed; what is visible verifies",
+    "kill-in-save": "the same before the k-th file operation of a save, for every k",
+    "kill-in-rollout": "the same between the updates that share one rollout",
+    "damaged-file": "each file of a checkpoint emptied, halved, one byte short, one bit flipped or deleted: noticed "
+    "and named, `auto` takes the checkpoint before, a checkpoint asked for by name is refused",
+    "damaged-manifest": "one bit of the manifest flipped, at every byte: noticed",
+    "bad-reward": "a reward that raises, hangs or returns no rewards: `stop` stops with its name, `drop` leaves the "
+    "candidates out and counts them; weights and moments stay finite; nothing becomes a score",
+}
+"""What is injected and what must hold, by the name of the row."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability-report", help="file to write the matrix of faults to, as Markdown")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--reliability-report")
+    if path is None:
+        return
+    rows = session.config.stash.get(ROWS, {})
+    table = [
+        f"| {name} | {what} | {rows[name]['trials']} | {rows[name]['held']} |"
+        for name, what in MATRIX.items()
+        if name in rows
+    ]
+    Path(path).write_text(REPORT.format(table="\n".join(table)), encoding="utf-8")
+
+
+ROWS = pytest.StashKey[dict[str, dict[str, Any]]]()
+REPORT = """# Reliability
+
+Written by `make faults`, which injects every fault again and counts.
+
+## What a run promises
+
+- A checkpoint that can be seen is complete, and is verified byte by byte before it is used.
+- Killed at any moment, a run that is started again ends in the same bits (on CPUs, with the same number of processes
+  and threads and the same package versions), with every sample trained on and every metric written once.
+- A signal stops all ranks after the step they are in, with a checkpoint.
+- A number that is not finite never reaches the optimizer; a reward that failed never becomes a score.
+- A wrong recipe is refused before anything is loaded, with the line and the fix.
+
+Not promised: equal bits on GPUs (kernels add in any order), or going on with another number of processes.
+
+## Faults injected
+
+| row | what is done, and what must hold | trials | held |
+|---|---|---|---|
+{table}
+"""
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[[str], Tally]:
+    """Returns the counter of a row of `MATRIX`."""
+    rows = request.config.stash.setdefault(ROWS, {})
+    return lambda name: Tally(rows, name)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint, damaged in every way: noticed, named, and the checkpoint before is used (R07)."""
+"""Every file of a checkpoint, damaged in every way: noticed, named, and the checkpoint before is used."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,11 @@ DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
 
 @pytest.mark.parametrize("kind", ["rm-conv", "refl-full", "ddpo-lora"])
 def test_every_damage_is_noticed(
-    harness: SimpleNamespace, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+    harness: SimpleNamespace,
+    tally: Callable[[str], Any],
+    tmp_path: Path,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     trainer = harness.make_trainer(kind, tmp_path / "run")
     trainer.train()
@@ -45,17 +50,18 @@ def test_every_damage_is_noticed(
                 (newest / file).unlink()
             else:
                 (newest / file).write_bytes(apply(content))
-            with pytest.raises(CheckpointError) as error:
-                trainer._choose_checkpoint(str(newest))
-            assert file.name in str(error.value), damage
-            caplog.clear()
-            assert trainer._choose_checkpoint("auto") == str(before), damage
-            assert file.name in caplog.text, damage
+            with tally("damaged-file").trial():
+                with pytest.raises(CheckpointError) as error:
+                    trainer._choose_checkpoint(str(newest))
+                assert file.name in str(error.value), damage
+                caplog.clear()
+                assert trainer._choose_checkpoint("auto") == str(before), damage
+                assert file.name in caplog.text, damage
             (newest / file).write_bytes(content)
     assert trainer._choose_checkpoint("auto") == str(newest)
 
 
-def test_every_bit_of_a_manifest_counts(harness: SimpleNamespace, tmp_path: Path) -> None:
+def test_every_bit_of_a_manifest_counts(harness: SimpleNamespace, tally: Callable[[str], Any], tmp_path: Path) -> None:
     harness.make_trainer("refl-lora", tmp_path / "run", max_steps=2).train()
     (folder,) = checkpointing.list_checkpoints(tmp_path / "run")
     manifest = folder / checkpointing.MANIFEST
@@ -64,12 +70,12 @@ def test_every_bit_of_a_manifest_counts(harness: SimpleNamespace, tmp_path: Path
         changed = bytearray(content)
         changed[place] ^= 1 << place % 8
         manifest.write_bytes(bytes(changed))
-        with pytest.raises(CheckpointError):
+        with tally("damaged-manifest").trial(), pytest.raises(CheckpointError):
             checkpointing.read_manifest(folder)
 
 
 def test_what_lies_beside_the_checkpoints_does_no_harm(harness: SimpleNamespace, tmp_path: Path) -> None:
-    """Strangers in the folder of a run: files, links that lead nowhere or in circles, names that nearly fit (R08)."""
+    """Strangers in the folder of a run: files, links that lead nowhere or in circles, names that nearly fit."""
     trainer = harness.make_trainer("refl-lora", tmp_path / "run", max_steps=2)
     trainer.train()
     run = tmp_path / "run"

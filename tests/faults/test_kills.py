@@ -1,7 +1,4 @@
-"""SIGKILL at any moment: what is visible is complete, and the run that goes on ends in the same bits.
-
-The matrix of docs/reliability.md calls these R01 (any moment) and R02 (any file operation of a save).
-"""
+"""SIGKILL at any moment: what is visible is complete, and the run that goes on ends in the same bits."""
 
 from __future__ import annotations
 
@@ -120,24 +117,29 @@ def trials(harness: SimpleNamespace, tmp_path: Path) -> Callable[[str], Trials]:
 
 
 @pytest.mark.parametrize("kind", ["rm-conv", "refl-lora", "ddpo-full"])
-def test_killed_before_every_file_operation_of_a_save(trials: Callable[[str], Trials], kind: str) -> None:
+def test_killed_before_every_file_operation_of_a_save(
+    trials: Callable[[str], Trials], tally: Callable[[str], Any], kind: str
+) -> None:
     run = trials(kind)
     assert run.operations > 20
     for k in range(run.operations):
-        assert run.kill_and_go_on(f"operation-{k}", fatal=k)
+        with tally("kill-in-save").trial():
+            assert run.kill_and_go_on(f"operation-{k}", fatal=k)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_any_moment(trials: Callable[[str], Trials], kind: str) -> None:
+def test_killed_at_any_moment(trials: Callable[[str], Trials], tally: Callable[[str], Any], kind: str) -> None:
     run = trials(kind)
     moments = random.Random(kind)
     for number in range(TRIALS):
-        run.kill_and_go_on(f"moment-{number}", kill_after=moments.uniform(0.1, 1.0) * run.seconds)
+        with tally("kill-anywhere").trial():
+            run.kill_and_go_on(f"moment-{number}", kill_after=moments.uniform(0.1, 1.0) * run.seconds)
 
 
 @pytest.mark.parametrize("kind", ["ddpo-lora", "ddpo-full"])
-def test_killed_inside_a_rollout(trials: Callable[[str], Trials], kind: str) -> None:
+def test_killed_inside_a_rollout(trials: Callable[[str], Trials], tally: Callable[[str], Any], kind: str) -> None:
     """Steps 1, 2, 4 and 5 lie inside the two rollouts of three updates; checkpoints 2 and 4 too."""
     run = trials(kind)
     for step in (1, 2, 4, 5):
-        assert run.kill_and_go_on(f"step-{step}", kill_in=step)
+        with tally("kill-in-rollout").trial():
+            assert run.kill_and_go_on(f"step-{step}", kill_in=step)
