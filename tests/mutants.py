@@ -1,4 +1,4 @@
-"""Breaks the code in twelve ways, one at a time, and checks that a test notices each.
+"""Breaks the code in two dozen ways, one at a time, and checks that a test notices each.
 
     python tests/mutants.py [name ...]
 
@@ -119,6 +119,90 @@ MUTANTS = (
         "self.average.load_state_dict(safetensors.torch.load_file(path), where=str(path))",
         "safetensors.torch.load_file(path)",
         "tests/trainers/test_base.py",
+    ),
+    Mutant(
+        "files not flushed before the manifest",
+        "refreward_trl/checkpointing.py",
+        "        _flush(path)\n        files[",
+        "        files[",
+        "tests/test_checkpointing.py",
+    ),
+    Mutant(
+        "manifest's own digest skipped",
+        "refreward_trl/checkpointing.py",
+        "    if own_digest != _sha256_of(text.replace(own_digest, NO_DIGEST, 1)):",
+        "    if False:",
+        "tests/faults/test_damage.py",
+    ),
+    Mutant(
+        "ranks do not agree on a stop",
+        "refreward_trl/trainers/preemption.py",
+        "number = int(self.accelerator.gather(own).max())",
+        "number = int(own)",
+        "tests/trainers/test_parallel.py::test_all_ranks_stop_at_the_signal_of_one",
+    ),
+    Mutant(
+        "evaluation not made up for",
+        "refreward_trl/trainers/preemption.py",
+        "trainer._evaluation_due = control.should_evaluate\n",
+        "trainer._evaluation_due = False\n",
+        "tests/trainers/test_resume.py::test_a_signal_stops_politely",
+    ),
+    Mutant(
+        "finite check skipped",
+        "refreward_trl/trainers/resumable.py",
+        "bad = ~torch.isfinite(values.detach()).all()",
+        "bad = torch.tensor(False)",
+        "tests/trainers/test_base.py",
+    ),
+    Mutant(
+        "loaded weights not compared",
+        "refreward_trl/trainers/checkpoint_hooks.py",
+        "if saved is not None and saved != self._weights_digest():",
+        "if False:",
+        "tests/trainers/test_checkpoint_hooks.py",
+    ),
+    Mutant(
+        "ranks never compared",
+        "refreward_trl/trainers/resumable.py",
+        "if every and args.world_size > 1 and state.global_step % every == 0:",
+        "if False:",
+        "tests/trainers/test_parallel.py::test_ranks_that_have_drifted_apart_stop",
+    ),
+    Mutant(
+        "failed reward counted as 0",
+        "refreward_trl/rewards/composite.py",
+        "total=_weighted_sum(combined, weights).masked_fill(incomplete, torch.nan)",
+        "total=_weighted_sum(combined, weights)",
+        "tests/rewards/test_composite.py",
+    ),
+    Mutant(
+        "deadline not kept",
+        "refreward_trl/rewards/deadline.py",
+        "signal.setitimer(signal.ITIMER_REAL, seconds, RINGS_AGAIN)",
+        "signal.setitimer(signal.ITIMER_REAL, 0)",
+        "tests/rewards/test_composite.py::test_a_reward_that_raises_or_hangs_is_dropped_too",
+    ),
+    Mutant(
+        "folder not locked",
+        "refreward_trl/trainers/resumable.py",
+        "locks.append(lock_run_folder(self._run_folder))",
+        "self._run_folder.mkdir(parents=True, exist_ok=True)",
+        "tests/trainers/test_run_folder.py",
+    ),
+    Mutant(
+        "failed saves never end a run",
+        "refreward_trl/trainers/checkpoint_hooks.py",
+        "if self._failed_saves >= MOST_FAILED_SAVES or last_chance:",
+        "if False:",
+        "tests/trainers/test_run_folder.py",
+    ),
+    Mutant(
+        "policy changed inside a rollout",
+        "refreward_trl/trainers/ddpo_trainer.py",
+        "if step % iterations and fixed:",
+        "if False:",
+        "tests/trainers/test_resume.py",
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,27 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(checkpointing.manifest_text(manifest))
     with pytest.raises(CheckpointError, match="outside"):
         checkpointing.verify(folder)
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power may fail between any two lines: files, their folders, the manifest, its folder, the rename, the parent."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        done.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def watched_rename(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    save(tmp_path, 1)
+    staged = ".tmp-checkpoint-1-abcd1234"
+    assert set(done[:4]) == {"flush weights.bin", "flush state.json", f"flush {staged}", "flush part"}
+    assert done[4:] == ["flush manifest.json", f"flush {staged}", "rename", f"flush {tmp_path.name}"]
 
 
 def test_an_unknown_version_is_refused(tmp_path: Path) -> None:

@@ -166,6 +166,20 @@ def test_old_checkpoints_survive_a_disk_that_is_full(run: Callable[..., SRReFLTr
     assert resumed.state.global_step == 6
 
 
+def test_a_trainer_does_not_write_to_the_folder_of_another(
+    run: Callable[..., SRReFLTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = run(2)
+    held = run_folder.lock_run_folder(Path(trainer.args.output_dir))
+    monkeypatch.setattr(run_folder.lock_run_folder, "__defaults__", (0.0,))
+    with pytest.raises(SetupError, match="another run"):
+        trainer.train()
+    assert not checkpointing.list_checkpoints(trainer.args.output_dir)
+    held.release()
+    trainer.train()
+    assert run_folder.lock_run_folder(Path(trainer.args.output_dir)).is_locked
+
+
 def test_a_save_that_fails_once_does_not_end_the_run(
     run: Callable[..., SRReFLTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
