@@ -411,6 +411,7 @@ def test_a_reward_that_raises_or_hangs_is_dropped_too():
 
     def hanging(**columns):
         time.sleep(30)
+        return [1.0] * 4
 
     table = score(raising, hanging, on_bad="drop", timeout=0.1)
     assert table.failed == {"raising": 4, "hanging": 4}
