@@ -37,6 +37,11 @@ OVERRIDDEN = {
     "_load_best_model": ("self",),
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "_prepare_inputs": ("self", "inputs"),
+    "_run_epoch": (
+        *("self", "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+        "steps_trained_in_current_epoch",
+    ),
     "_maybe_log_save_evaluate": (
         *("self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
         "learning_rate",
@@ -51,6 +56,7 @@ CALLED = {
     "_get_output_dir": ("self", "trial"),
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
     "_prepare_input": ("self", "data"),
+    "_load_rng_state": ("self", "checkpoint"),
     "_evaluate": ("self", "trial", "ignore_keys_for_eval", "skip_scheduler"),
     "_determine_best_metric": ("self", "metrics", "trial"),
 }

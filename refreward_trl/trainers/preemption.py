@@ -88,6 +88,16 @@ class PreemptibleTrainer(Trainer):
         if self._asked_to_stop():
             raise EvaluationStoppedError
 
+    def _run_epoch(self, *, resume_from_checkpoint: Any = None, **keywords: Any) -> None:
+        """Leaves a run alone that has finished, or that its callbacks have just stopped: the Trainer would take one
+        more step before it looked."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            if resume_from_checkpoint is not None:
+                self._load_rng_state(resume_from_checkpoint)
+            return
+        super()._run_epoch(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: nn.Module, *others: Any, **keywords: Any
     ) -> None:

@@ -132,6 +132,18 @@ def test_resume_is_bit_identical(
     assert_same_end(whole, resumed, read_metrics)
 
 
+@pytest.mark.parametrize(
+    ("kind", "config"), [(SRReFLTrainer, SRReFLConfig), (SRDDPOTrainer, SRDDPOConfig)], ids=["refl", "ddpo"]
+)
+def test_a_finished_run_takes_no_further_step(
+    run: Callable[..., Any], read_metrics: Any, kind: type, config: type
+) -> None:
+    """The end lies in the middle of an epoch, as it mostly does."""
+    finished = run(kind, config, "whole", adapter=True)
+    again = run(kind, config, "whole", adapter=True)
+    assert_same_end(finished, again, read_metrics)
+
+
 @pytest.mark.parametrize("part", ["denoiser", "vae"])
 def test_finetuning_resumes_too(run: Callable[..., Any], read_metrics: Any, part: str) -> None:
     whole = run(SRFinetuneTrainer, SRFinetuneConfig, "whole", adapter=False, train_part=part)
