@@ -47,6 +47,7 @@ test: check
 	$(BIN)/python -m pytest -q -m slow
 
 faults: $(STAMP)
+	@mkdir -p docs
 	$(BIN)/python -m pytest -q tests/faults -m faults --reliability-report docs/reliability.md
 
 format: $(STAMP)

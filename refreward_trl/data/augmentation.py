@@ -1,7 +1,7 @@
 """Random changes of HR crops before they are degraded, for training sets of few photos.
 
-On 63 photos a generator of 2.6 M parameters learns the photos by heart within hours on a CPU: it gains half as much
-again over bicubic on them as on others. Zooming and recolouring the crops closes most of that gap.
+Trained on 63 photos with flips and quarter turns alone, the default generator gained 0.53 dB over bicubic on them and
+0.36 dB on the validation photos. Zooming and recolouring the crops raised the gain on photos it has not seen.
 """
 
 from __future__ import annotations

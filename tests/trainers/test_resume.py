@@ -240,7 +240,10 @@ def test_children_ignore_what_the_run_notes() -> None:
         assert request.signal == signal.SIGTERM
 
 
-@pytest.mark.parametrize("change", [{"noise": "lowfreq"}, {"sigma": 0.2}, {"num_iterations": 2}, {"beta": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"noise": "lowfreq"}, {"sigma": 0.2}, {"num_iterations": 2}, {"beta": 0.0}, {"log_prob_reduction": "mean"}],
+)
 def test_the_policy_of_a_rollout_cannot_change_inside_it(run: Callable[..., Any], change: dict[str, Any]) -> None:
     (name,) = change
     run(SRDDPOTrainer, SRDDPOConfig, "parts", adapter=True, stop=4, **DDPO)
