@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from refreward_trl.cli.parser import did_you_mean
-from refreward_trl.cli.strict_yaml import read_scalar
+from refreward_trl.cli.strict_yaml import MAX_DEPTH, read_scalar
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
@@ -22,6 +22,7 @@ METHODS = ("finetune", "rm", "refl", "ddpo")
 ENTRY_TYPE = "reward"
 """Name of the type of one entry of `rewards`: a name, or a mapping {name, weight, kwargs}."""
 
+_LARGEST_INT = 2**63 - 1
 _BOUND = re.compile(r"(>=|>|<=|<)\s*(\S+)")
 
 _NAMES = {
@@ -38,14 +39,17 @@ _NAMES = {
 
 
 def is_type(value: Any, type_name: str) -> bool:
-    """Tells whether `value` is of the schema's type `type_name`; a bool is no number, an int is also a float."""
+    """Tells whether `value` is of the schema's type `type_name`; a bool is no number, an int is also a float.
+
+    Numbers that no tensor can hold are of no type, nor is a text with a NUL, which no path can hold.
+    """
     if type_name.startswith("list["):
         return isinstance(value, list) and all(is_type(entry, type_name[5:-1]) for entry in value)
     checks: dict[str, Callable[[Any], bool]] = {
-        "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
-        "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
+        "int": lambda v: isinstance(v, int) and not isinstance(v, bool) and abs(v) <= _LARGEST_INT,
+        "float": lambda v: is_type(v, "int") or (isinstance(v, float) and math.isfinite(v)),
         "bool": lambda v: isinstance(v, bool),
-        "str": lambda v: isinstance(v, str),
+        "str": lambda v: isinstance(v, str) and "\0" not in v,
         "dict": lambda v: isinstance(v, dict),
         ENTRY_TYPE: lambda v: isinstance(v, dict | str),
     }
@@ -113,10 +117,10 @@ class Key:
         """
         if text == "null" and self.nullable:
             return None
-        if text[:1] in ("[", "{") and any(name == "dict" or name.startswith("list[") for name in self.types):
+        if self._may_be_json(text):
             try:
-                return json.loads(text)
-            except json.JSONDecodeError:
+                return _read_json(text)
+            except ValueError:
                 return text
         value = read_scalar(text)
         if any(name != "str" and is_type(value, name) for name in self.types):
@@ -139,7 +143,43 @@ class Key:
             return "; write it in quotes"
         if isinstance(value, str) and not isinstance(read_scalar(value), str):
             return "; write it without quotes"
+        if isinstance(value, str) and self._may_be_json(value):
+            try:
+                _read_json(value)
+            except ValueError as error:
+                return f"; as JSON it cannot be read: {error}"
+            return "; write it without quotes"
         return ""
+
+    def _may_be_json(self, text: str) -> bool:
+        return text[:1] in ("[", "{") and any(name == "dict" or name.startswith("list[") for name in self.types)
+
+
+def _read_json(text: str) -> Any:
+    """Reads JSON as strictly as a recipe. Raises `ValueError`, also for what Python's own reader lets pass."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if _is_deeper(value, MAX_DEPTH):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {key!r}")
+        found[key] = value
+    return found
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    entries = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(entry, levels - 1) for entry in entries)
 
 
 def show(value: Any) -> str:

@@ -30,6 +30,7 @@ BOUNDS = {
     "data_seed": ">= 0",
     "dataloader_num_workers": ">= 0",
     "dataloader_prefetch_factor": ">= 1",
+    "ddp_bucket_cap_mb": ">= 1",
     "ddp_timeout": "> 0",
     "distillation_weight": ">= 0",
     "ema_decay": "> 0, < 1",
@@ -56,6 +57,7 @@ BOUNDS = {
     "max_grad_norm": ">= 0",
     "max_groups": ">= 1",
     "max_steps": ">= -1",
+    "neftune_noise_alpha": ">= 0",
     "noise_cell": ">= 1",
     "num_generations": ">= 2",
     "num_iterations": ">= 1",
@@ -72,11 +74,13 @@ BOUNDS = {
     "save_steps": "> 0",
     "save_total_limit": ">= 1",
     "scale": ">= 1",
-    "seed": ">= 0",
+    # NumPy takes 32 bits.
+    "seed": ">= 0, < 4294967296",
     # Zero is let through to the policy, which refuses it and says why a density needs a width.
     "sigma": ">= 0",
     "temperature": "> 0",
     "test_pairs": ">= 0",
+    "torch_empty_cache_steps": ">= 1",
     "warmup_steps": ">= 0",
     "weight_decay": ">= 0",
 }

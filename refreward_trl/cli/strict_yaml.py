@@ -9,6 +9,18 @@ import re
 from typing import Any, NamedTuple
 
 import yaml
+from yaml.reader import ReaderError
+
+MAX_DEPTH = 20
+"""Levels of lists and mappings that a value may have."""
+
+_OPENED = (
+    "while parsing a flow sequence",
+    "while parsing a flow mapping",
+    "while scanning a simple key",
+    "while scanning a quoted scalar",
+)
+"""What PyYAML was reading when something was found not to be closed: the mistake is where that begins."""
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
 _HEXADECIMAL = re.compile(r"0x[0-9a-fA-F]{1,100}")
@@ -43,12 +55,19 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes only: no type is guessed, no alias followed, nothing is constructed."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own attribute)
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed here", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        if self.depth > MAX_DEPTH and not self.check_event(yaml.ScalarEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="lists and mappings are nested too deeply", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def read_scalar(text: str) -> str | int | float | bool | None:
@@ -78,12 +97,12 @@ def read_yaml(text: str) -> tuple[Located, list[Complaint]]:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        mark = error.context_mark if error.context in _OPENED else error.problem_mark
+        line = mark.line + 1 if mark else 1
         return Located({}, 1), [Complaint(line, f"not valid YAML: {error.problem or error.context}")]
-    except yaml.YAMLError as error:
-        return Located({}, 1), [Complaint(1, f"not valid YAML: {str(error).splitlines()[0]}")]
-    except RecursionError:
-        return Located({}, 1), [Complaint(1, "nested too deeply")]
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return Located({}, 1), [Complaint(line, f"not valid YAML: {str(error).splitlines()[0]}")]
     if node is None:
         return Located({}, 1), complaints
     return _located(node, complaints), complaints

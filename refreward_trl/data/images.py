@@ -9,14 +9,14 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped, UInt8
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from refreward_trl.errors import DataError, SetupError
@@ -34,6 +34,19 @@ MAX_PIXELS = 8192 * 8192
 _FORMATS_TEXT = "PNG, JPEG, WebP, TIFF or BMP"
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _EIGHT_BIT_MODES = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "YCbCr")
+_DECODER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    AttributeError,
+    struct.error,
+)
+"""What Pillow has been seen to raise, or is known to, where the bytes of an image are wrong."""
+
 _RGB_FIX = "convert it to 8-bit RGB, e.g. `magick IN -colorspace sRGB -depth 8 OUT.png`"
 
 
@@ -104,8 +117,9 @@ def from_pil(image: Image.Image, *, where: str = "PIL image", max_pixels: int = 
     _check_size(image, where, max_pixels)
     try:
         _check_frames(image, where)
+        _check_strips(image, where)
         return _to_tensor(_to_rgb(ImageOps.exif_transpose(image), where))
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
+    except _DECODER_ERRORS as error:
         raise _broken(error, where) from error
 
 
@@ -227,7 +241,7 @@ def _open(source: Path | io.BytesIO, where: str, use: Callable[[Image.Image], T]
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"too many pixels: {error}", where=where, fix="downscale or tile the image") from error
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
+    except _DECODER_ERRORS as error:
         raise _broken(error, where) from error
 
 
@@ -258,6 +272,25 @@ def _check_frames(image: Image.Image, where: str) -> None:
     except EOFError:
         return
     raise DataError("the image is animated or has several pages", where=where, fix="export one frame as PNG")
+
+
+def _check_strips(image: Image.Image, where: str) -> None:
+    """Refuses a TIFF whose strips or tiles do not cover it: Pillow leaves the rest black, without a word."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or not image.tile:
+        return
+    layers = len(image.getbands()) if image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 else 1
+    areas = (max(0, right - left) * max(0, bottom - top) for left, top, right, bottom in _extents(image))
+    if sum(areas) < layers * image.width * image.height:
+        raise DataError(
+            "the image is damaged or truncated (its parts do not cover its width and height)",
+            where=where,
+            fix="fetch or export the image again",
+        )
+
+
+def _extents(image: ImageFile.ImageFile) -> Iterator[tuple[int, int, int, int]]:
+    for tile in image.tile:
+        yield tile[1] or (0, 0, *image.size)
 
 
 def _check_mode(image: Image.Image, where: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxtyping import UInt8
+from PIL.Image import DecompressionBombError
 from torch import Tensor
 
 from refreward_trl.data.images import decode_image, list_images, read_image, read_size
@@ -115,7 +116,16 @@ class OtherColumns:
 
     def read(self) -> dict[str, Any]:
         """Returns the values by column; images are decoded by `datasets`."""
-        return {} if self.table is None else dict(self.table[self.row])
+        if self.table is None:
+            return {}
+        try:
+            return dict(self.table[self.row])
+        except (OSError, ValueError, SyntaxError, TypeError, DecompressionBombError) as error:
+            raise DataError(
+                f"a column besides the pair cannot be read ({error})",
+                where=f"row {self.row}, columns {', '.join(self.table.column_names)}",
+                fix="mend it, or drop the column",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -254,12 +264,19 @@ def _huggingface_pairs(path: Path, split: str | None) -> list[PairSource]:
             where=str(path),
             fix=f"{hint} (in an imagefolder's metadata: hr_image_file_name, lr_image_file_name)",
         )
+    names = [f"{name}_file_name" for name in IMAGE_COLUMNS]
+    if unread := [name for name in table.column_names if name in names]:
+        raise DataError(
+            f"column {unread[0]} holds {table.features[unread[0]].dtype}, not names of files",
+            where=str(path),
+            fix="write a path relative to the metadata file into every row",
+        )
     if len(table) == 0:
         raise DataError("the dataset has no rows", where=str(path))
     cells: dict[str, Sequence[ImageCell | None]] = {name: _image_cells(table, name, str(path)) for name in present}
     if "sample_id" in table.column_names:
+        _check_ids(table["sample_id"], str(path))
         photos = [str(name) for name in table["sample_id"]]
-        _check_unique(photos, str(path))
     else:
         photos = [f"{row:06d}" for row in range(len(table))]
     own = [name for name in (*IMAGE_COLUMNS, "sample_id") if name in table.column_names]
@@ -272,14 +289,18 @@ def _huggingface_pairs(path: Path, split: str | None) -> list[PairSource]:
     ]
 
 
-def _check_unique(photos: list[str], where: str) -> None:
+def _check_ids(names: Sequence[Any], where: str) -> None:
     first: dict[str, int] = {}
-    problems = [
-        DataError(f"sample_id {photo!r} repeats row {first[photo]}", where=f"row {row}", fix="make sample_id unique")
-        for row, photo in enumerate(photos)
-        if first.setdefault(photo, row) != row
-    ]
-    report_problems(problems, len(photos), where)
+    problems = []
+    for row, name in enumerate(names):
+        if name is None:
+            problems.append(
+                DataError("sample_id is empty", where=f"row {row}", fix="give every row a sample_id, or none")
+            )
+        elif first.setdefault(str(name), row) != row:
+            text = f"sample_id {str(name)!r} repeats row {first[str(name)]}"
+            problems.append(DataError(text, where=f"row {row}", fix="make sample_id unique"))
+    report_problems(problems, len(names), where)
 
 
 def _image_cells(table: Dataset, column: str, where: str) -> list[ImageCell]:
@@ -311,6 +332,8 @@ def _load_table(path: Path, split: str | None) -> Dataset:
             loaded = datasets.load_from_disk(str(path))
         else:
             loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
+    except IndexError as error:  # what `datasets` says of metadata that list nothing
+        raise DataError("the dataset has no rows", where=str(path), fix=_LAYOUTS) from error
     except (DatasetsError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         raise DataError(f"the dataset cannot be read ({cause})", where=str(path), fix=_LAYOUTS) from error

@@ -113,17 +113,20 @@ class ConvJudge(nn.Module):
         try:
             content = json.loads((folder / CONFIG_FILE).read_text())
             weights = load_file(folder / WEIGHTS_FILE)
-        except (json.JSONDecodeError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise CheckpointError(f"damaged file ({error})", where=str(folder), fix="copy the folder again") from error
-        if content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"format version {content.get('format_version')!r}, this package reads {FORMAT_VERSION}",
+                f"format version {version!r}, this package reads {FORMAT_VERSION}",
                 where=str(folder / CONFIG_FILE),
             )
-        judge = cls(widths=content["widths"], hidden=content["hidden"])
         try:
-            judge.load_state_dict(weights)
-        except RuntimeError as error:
+            # Without memory for the weights until it is known that those of the file fit.
+            with torch.device("meta"):
+                judge = cls(widths=content["widths"], hidden=content["hidden"])
+            judge.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+        except (RuntimeError, ValueError, TypeError, LookupError, ZeroDivisionError) as error:
             raise CheckpointError(f"weights do not fit the network ({error})", where=str(folder)) from error
         return judge.float().eval().requires_grad_(False)
 

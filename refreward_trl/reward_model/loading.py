@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,9 @@ from refreward_trl.reward_model.scoring import SPEC_FILE, RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
 
 DEFAULT_JUDGE = "assets/judge"
+
+_FROM_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""No download, and no code from the folder: left alone, transformers asks on the terminal whether to run it."""
 
 
 def load_judge(source: str | Path, *, device: torch.device | str = "cpu", batch_size: int = 32) -> RateJudge:
@@ -41,10 +45,17 @@ def load_judge(source: str | Path, *, device: torch.device | str = "cpu", batch_
             where=str(folder),
             fix="open it with ConvJudge.from_pretrained, or name it as a held-out reward",
         )
+    _check_json_files(folder)
     spec = _read_spec(folder)
     model = _read_model(folder)
     _check_hash(model, spec, folder)
-    judge = RateJudge(model, _read_tokenizer(folder), spec, batch_size=batch_size)
+    tokenizer = _read_tokenizer(folder)
+    try:
+        judge = RateJudge(model, tokenizer, spec, batch_size=batch_size)
+    except (TemplateError, RecursionError) as error:
+        raise CheckpointError(
+            f"the chat template cannot be used ({error})", where=str(folder), fix="restore the template of the judge"
+        ) from error
     judge.model.eval().requires_grad_(False)
     return judge.to(device)
 
@@ -57,15 +68,36 @@ def _read_spec(folder: Path) -> JudgeSpec:
             where=str(folder),
             fix="save the judge with RateJudge.save_pretrained, or write the JSON of its JudgeSpec there",
         )
-    return JudgeSpec.from_json(path.read_text(), where=str(path))
+    return JudgeSpec.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def _check_json_files(folder: Path) -> None:
+    """Refuses by name what transformers would stumble over, and an index that leads to anything but safetensors."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise _damaged(path, f"not valid JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise _damaged(path, "must hold one JSON object")
+        if path.name.endswith(".index.json"):
+            shards = content.get("weight_map", {})
+            names = shards.values() if isinstance(shards, dict) else [shards]
+            for name in names:
+                if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+                    raise _damaged(path, f"{name!r} is no safetensors file of this folder")
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(what, where=str(path), fix="copy the judge folder again")
 
 
 def _read_model(folder: Path) -> PreTrainedModel:
-    options: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **_FROM_HERE}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"transformers cannot open the judge's network ({reason})",
             where=str(folder),
@@ -89,7 +121,14 @@ def _read_model(folder: Path) -> PreTrainedModel:
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer_config.json").is_file():
         raise CheckpointError("no tokenizer files", where=str(folder), fix="save the tokenizer beside the model")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_FROM_HERE)
+    except Exception as error:  # the tokenizers written in Rust raise just that
+        raise CheckpointError(
+            f"transformers cannot open the tokenizer ({type(error).__name__}: {error})",
+            where=str(folder),
+            fix="copy the folder again; it needs undamaged tokenizer files",
+        ) from error
 
 
 def _check_hash(model: PreTrainedModel, spec: JudgeSpec, folder: Path) -> None:

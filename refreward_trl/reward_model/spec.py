@@ -108,7 +108,7 @@ class JudgeSpec:
         """
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"not valid JSON ({error})", where=where, fix="copy the judge folder again"
             ) from error
@@ -123,7 +123,12 @@ class JudgeSpec:
         known = {item.name for item in fields(cls)}
         if wrong := sorted(known ^ content.keys()):
             raise CheckpointError(f"missing or unknown fields: {', '.join(wrong)}", where=where)
-        return cls(**{name: _frozen(value) for name, value in content.items()})
+        try:
+            return cls(**{name: _frozen(value) for name, value in content.items()})
+        except (TypeError, ConfigError) as error:
+            raise CheckpointError(
+                f"not a judge spec: {error}", where=where, fix="copy the judge folder again"
+            ) from error
 
     def __hash__(self) -> int:
         return int(self.hash, 16)

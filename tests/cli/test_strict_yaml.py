@@ -70,11 +70,14 @@ def test_every_duplicate_key_is_reported_with_both_lines():
         ("a: !!python/object/apply:os.system [ls]", 1, "tag"),
         ("a: 1\nb: &x 2\nc: *x", 3, "alias"),
         ("a: [1, 2", 1, "not valid YAML"),
+        ("b: 0\na: [1, 2\nc: 3\n", 2, "not valid YAML"),
+        ("b: 0\na: 'x\nc: 3\n", 2, "not valid YAML"),
         ("a: b: c", 1, "not valid YAML"),
         ("a: 1\n---\nb: 2", 2, "another document"),
         ("? [a, b]\n: 1", 1, "a key must be a word"),
-        ("[" * 5000, 1, "nested too deeply"),
-        ("a: \x00", 1, "not valid YAML"),
+        ("a: 1\nb: " + "[" * 5000, 2, "nested too deeply"),
+        ("a: " + "[" * 21 + "]" * 21, 1, "nested too deeply"),
+        ("a: 1\nb: \x00", 2, "not valid YAML"),
     ],
 )
 def test_what_is_not_plain_data_is_refused(text, line, message):
