@@ -99,7 +99,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             where=str(folder),
             fix="use another checkpoint of the run, or resume: auto",
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{MANIFEST} cannot be read: {error}", where=str(folder), fix="use another checkpoint of the run"
         ) from error
@@ -132,6 +132,11 @@ def verify(folder: str | Path) -> dict[str, Any]:
                 f"{name} {problem}", where=str(folder), fix="use another checkpoint of the run, or resume: auto"
             )
     return manifest
+
+
+def size(folder: str | Path) -> int:
+    """Returns the bytes of a checkpoint's files, from its manifest."""
+    return sum(int(expected["size"]) for expected in read_manifest(folder)["files"].values())
 
 
 def list_checkpoints(run_folder: str | Path) -> list[Path]:
@@ -190,6 +195,8 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def _problem(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    if "\0" in name or not isinstance(expected, Mapping) or not {"size", "sha256"} <= expected.keys():
+        return f"is no entry that the manifest can hold: {name!r}"
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         return "lies outside the checkpoint"

@@ -29,6 +29,8 @@ class RefRewardError(Exception):
     """
 
     exit_code = 1
+    reported_by: int | None = None
+    """The rank that tells the user, where another one has the same error or caused it: this one keeps silent."""
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what = what

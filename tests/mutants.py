@@ -204,6 +204,20 @@ MUTANTS = (
         "if False:",
         "tests/trainers/test_resume.py",
     ),
+    Mutant(
+        "another ZeRO stage accepted",
+        "refreward_trl/trainers/checkpoint_hooks.py",
+        "if stage != self._zero_stage():",
+        "if False:",
+        "tests/trainers/test_checkpoint_hooks.py",
+    ),
+    Mutant(
+        "judges sharded under ZeRO-3",
+        "refreward_trl/trainers/sharding.py",
+        "    unset_hf_deepspeed_config()\n",
+        "    pass\n",
+        "tests/trainers/test_sharding.py",
+    ),
 )
 
 

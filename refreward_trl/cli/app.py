@@ -60,11 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except RefRewardError as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, Preempted):
-            # What stopped the run comes again and again from some launchers; nothing is left that it could stop.
-            for number in STOPPING:
-                signal.signal(number, signal.SIG_IGN)
-        _report(error)
+        _report_undisturbed(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -123,11 +119,36 @@ def _help() -> str:
     return "\n".join(lines)
 
 
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _keeps_silent(error: RefRewardError) -> bool:
+    """Whether another rank tells the user. A launcher starts every rank with the same words: rank 0 tells a mistake
+    in them."""
+    return error.reported_by is not None or (isinstance(error, ConfigError) and _rank() != 0)
+
+
+def _report_undisturbed(error: RefRewardError) -> None:
+    handlers = {}
+    if isinstance(error, Preempted) or (_ranks() > 1 and not _keeps_silent(error)):
+        # What stopped the run comes again and again from some launchers, and a launcher stops the other ranks as soon
+        # as one has failed; nothing is left that it could stop.
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+    _report(error)
+    if not isinstance(error, Preempted):
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def _report(error: RefRewardError) -> None:
-    # A launcher starts every rank with the same words: a mistake in them is told once. Other errors may be one rank's.
-    rank = int(os.environ.get("RANK", "0"))
-    if isinstance(error, ConfigError) and rank != 0:
-        # A launcher ends the other ranks as soon as one has failed: let rank 0 speak first.
+    rank = _rank()
+    if _keeps_silent(error):
+        # A launcher ends the other ranks as soon as one has failed: let the other one speak first.
         time.sleep(HEAD_START)
         return
     if isinstance(error, Preempted):
@@ -135,5 +156,5 @@ def _report(error: RefRewardError) -> None:
         if rank == 0:
             print(f"stopped: {error}", file=sys.stderr)
         return
-    prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    prefix = f"[rank {rank}] " if _ranks() > 1 else ""
     print(f"{prefix}error: {error}", file=sys.stderr)

@@ -275,7 +275,8 @@ class DemoRuns:
 
     def _score(self, lr_image: Tensor, sr_image: Tensor) -> Tensor:
         """The optimised reward as a judge of pairs."""
-        from refreward_trl.rewards.composite import call_reward, read_rewards
+        from refreward_trl.rewards.calling import call_reward
+        from refreward_trl.rewards.composite import read_rewards
 
         arguments: Mapping[str, Any] = {
             "prompts": [""] * len(sr_image),

@@ -14,7 +14,8 @@ from torch import Tensor
 from refreward_trl.data.images import to_pil
 from refreward_trl.errors import DataError, RefRewardError, RewardError
 from refreward_trl.rewards.batching import float_image, read_images, sample_labels
-from refreward_trl.rewards.composite import call_reward, read_rewards, reward_name
+from refreward_trl.rewards.calling import call_reward
+from refreward_trl.rewards.composite import read_rewards, reward_name
 from refreward_trl.types import RewardFunction
 
 ImageFrom = Callable[[Any, dict[str, Any]], Any]

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refreward_trl.errors import ConfigError, DataError, RefRewardError, RewardError
+from refreward_trl.errors import ConfigError, DataError, RewardError
 from refreward_trl.rewards.batching import sample_labels
-from refreward_trl.rewards.deadline import DeadlineError, deadline
+from refreward_trl.rewards.calling import OnStuck, call_reward, call_together, is_async
 from refreward_trl.types import Images, Metrics, RewardFunction
 
 Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -160,8 +160,11 @@ def score_all(
     log_extra: Callable[[str, list[Any]], None] | None = None,
     timeout: float | None = None,
     on_bad: OnBad = "stop",
+    on_stuck: OnStuck | None = None,
 ) -> RewardTable:
     """Calls every reward on a batch and combines what they return.
+
+    Async rewards (`async def`, or a class whose `__call__` is) come after the others, all together, as in TRL.
 
     Args:
         reward_funcs: The rewards.
@@ -181,6 +184,7 @@ def score_all(
         timeout: Seconds that one call of a reward may take; None for no limit. See `rewards.deadline`.
         on_bad: What happens when a reward raises, takes too long or returns something that is not a reward: "stop"
             raises, "drop" counts the completions as failed.
+        on_stuck: Called from another thread with the name of a reward that `timeout` could not end.
 
     Returns:
         The `RewardTable`, on the completions' device.
@@ -209,11 +213,13 @@ def score_all(
     _check_columns(arguments, count)
     labels = sample_labels(others, count)
     device = completions[0].device
+    funcs = dict(zip(names, reward_funcs, strict=True))
     per_reward, failed = {}, {}
-    for func, name in zip(reward_funcs, names, strict=True):
+
+    def enter(name: str, call: Callable[[], Any]) -> None:
         failed[name] = torch.zeros(count, dtype=torch.bool, device=device)
         try:
-            values = read_rewards(call_reward(func, name, arguments, timeout), name=name, labels=labels)
+            values = read_rewards(call(), name=name, labels=labels)
         except RewardError as error:
             if on_bad == "stop":
                 raise
@@ -221,33 +227,17 @@ def score_all(
             values = torch.full((count,), torch.nan)
             failed[name][:] = True
         per_reward[name] = values.to(device)
+
+    together = {name: func for name, func in funcs.items() if is_async(func)}
+    for name, func in funcs.items():
+        if name not in together:
+            enter(name, functools.partial(call_reward, func, name, arguments, timeout, on_stuck))
+    outcomes = call_together(together, arguments, timeout, stop_early=on_bad == "stop", on_stuck=on_stuck)
+    for name, outcome in outcomes.items():
+        enter(name, functools.partial(_returned, outcome))
+    per_reward = {name: per_reward[name] for name in names}
+    failed = {name: failed[name] for name in names}
     return _table(per_reward, failed, torch.tensor(weights, device=device), group_size, aggregation)
-
-
-def call_reward(func: RewardFunction, name: str, arguments: Mapping[str, Any], timeout: float | None = None) -> Any:
-    """Calls one reward with `arguments` as keywords.
-
-    Raises:
-        RewardError: Naming the reward, chained to whatever it raised, or after `timeout` seconds. The package's own
-            errors pass unchanged: they already say what, where and how to fix it.
-    """
-    try:
-        with deadline(timeout):
-            return func(**arguments)
-    except RefRewardError:
-        raise
-    except DeadlineError as error:
-        raise RewardError(
-            f"did not return within {timeout:g} seconds",
-            where=f"reward {name!r}",
-            fix="see what it waits for, or raise reward_timeout",
-        ) from error
-    except Exception as error:
-        raise RewardError(
-            f"raised {type(error).__name__}: {error}",
-            where=f"reward {name!r}",
-            fix="see the exception above this one; return None for a completion that cannot be scored",
-        ) from error
 
 
 def read_rewards(returned: Any, *, name: str, labels: Sequence[str]) -> Float[Tensor, " b"]:
@@ -289,6 +279,13 @@ def nan_std(values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     count = (~values.isnan()).sum(-1)
     deviations = (values - values.nanmean(-1, keepdim=True)).square().nansum(-1)
     return torch.where(count > 1, deviations / (count - 1).clamp(min=1), torch.nan).sqrt()
+
+
+def _returned(outcome: Any) -> Any:
+    """Returns what an async reward returned, or raises why it did not."""
+    if isinstance(outcome, RewardError):
+        raise outcome
+    return outcome
 
 
 def _mean(values: Tensor) -> float:
@@ -386,7 +383,7 @@ def _not_rewards(value: Any, name: str, description: str | None = None) -> Rewar
     fix = "return a list of floats (None where not scored) or a float tensor (B,)"
     if inspect.iscoroutine(value):
         value.close()  # else Python warns that it was never awaited
-        fix = "async rewards are not supported: await inside an ordinary function"
+        fix = "define the reward itself as `async def`, so that it is seen to be async and awaited"
     elif value is None and description is None:
         fix = "is there a `return`? " + fix
     return RewardError(f"returned {description or _short(value)}, not rewards", where=f"reward {name!r}", fix=fix)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 RINGS_AGAIN = 1.0
 """Seconds until the alarm rings once more, for code that swallows even a BaseException."""
+
+
+GRACE = 5.0
+"""Seconds that a call may take to notice its deadline, before it counts as stuck."""
 
 
 class DeadlineError(BaseException):
@@ -39,3 +43,28 @@ def deadline(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+
+
+@contextmanager
+def watched(seconds: float | None, on_stuck: Callable[[], None] | None) -> Iterator[None]:
+    """Calls `on_stuck` from another thread if the block goes on `GRACE` seconds after its deadline of `seconds`.
+
+    That is for what the alarm of `deadline` cannot interrupt: a call of C code that does not come back, or code that
+    blocks the alarm.
+    """
+    if not seconds or on_stuck is None:
+        yield
+        return
+    left, patience = threading.Event(), seconds + GRACE
+
+    def watch() -> None:
+        if not left.wait(patience):
+            on_stuck()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        left.set()
+        watcher.join()

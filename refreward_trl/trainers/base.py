@@ -7,7 +7,9 @@ method needs.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +34,7 @@ from refreward_trl.objectives.anchors import fidelity_anchor, lr_consistency_anc
 from refreward_trl.randomness import stateless_generator, stateless_seed
 from refreward_trl.resampling import downscale
 from refreward_trl.rewards import load_reward
-from refreward_trl.rewards.composite import RewardSpec, RewardTable, reward_names, score_all
+from refreward_trl.rewards.composite import MAX_NAMED_SAMPLES, RewardSpec, RewardTable, reward_names, score_all
 from refreward_trl.rewards.fidelity import SSIM_WINDOW, image_psnr, image_ssim
 from refreward_trl.trainers.alignment_config import AlignmentConfig
 from refreward_trl.trainers.checkpoint_hooks import package_versions
@@ -253,11 +255,12 @@ class AlignmentTrainer(ResumableTrainer, ABC):
         an `eval_dataset`.
         """
         self._check_ready()
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        if self.args.eval_strategy != "no" and self.eval_dataset is not None and self._finished_unevaluated():
-            self.evaluate()
-        if self.args.save_strategy != "no":
-            self.save_model(str(self._run_folder / GENERATOR_FOLDER))
+        with self._naming_lost_ranks():
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            if self.args.eval_strategy != "no" and self.eval_dataset is not None and self._finished_unevaluated():
+                self.evaluate()
+            if self.args.save_strategy != "no":
+                self.save_model(str(self._run_folder / GENERATOR_FOLDER))
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -462,14 +465,32 @@ class AlignmentTrainer(ResumableTrainer, ABC):
                 log_metric=lambda name, value: self.record({name: value}),
                 timeout=self.args.reward_timeout,
                 on_bad=self.args.on_bad_reward,
+                on_stuck=None if self.args.world_size == 1 else functools.partial(self._end_stuck, batch),
             )
             self._count_failures(table)
             return table
         except RefRewardError as caught:
             error = caught
+            error.where = self._place_of(error, batch)
             raise
         finally:
             self._raise_together(error)
+
+    def _place_of(self, error: RefRewardError, batch: Mapping[str, Any]) -> str:
+        step = self.state.global_step
+        when = f"evaluation after step {step}" if self._evaluating else f"step {step + 1}"
+        return f"{when}, {_named_samples(batch)}: {error.where or 'rewards'}"
+
+    def _end_stuck(self, batch: Mapping[str, Any], name: str) -> None:
+        """Ends this process, for which the other ranks would wait. Called from another thread."""
+        error = RewardError(
+            f"did not return within {self.args.reward_timeout:g} seconds, and cannot be interrupted",
+            where=f"reward {name!r}",
+            fix="see what it waits for, or raise reward_timeout; a run goes on from its newest checkpoint",
+        )
+        error.where = self._place_of(error, batch)
+        os.write(2, f"[rank {self.args.process_index}] error: {error}\n".encode())
+        os._exit(error.exit_code)
 
     def _count_failures(self, table: RewardTable) -> None:
         """Failed calls are left out, but not for ever."""
@@ -486,13 +507,17 @@ class AlignmentTrainer(ResumableTrainer, ABC):
             )
 
     def _raise_together(self, own: RefRewardError | None) -> None:
-        """Stops all ranks when one has an error, so that none waits for another that is gone."""
+        """Stops all ranks when one has an error, so that none waits for another that is gone; the first reports it."""
         if self.args.world_size == 1:
             return
-        errors = self._gather([None if own is None else str(own)])
-        for rank, message in enumerate(errors):
-            if message is not None and own is None:
-                raise RewardError(f"rank {rank} stopped: {message}", where="rewards")
+        errors = self._gather([None if own is None else (type(own), own.what, own.where, own.fix)])
+        first = next((rank for rank, error in enumerate(errors) if error is not None), None)
+        if first is None:
+            return
+        kind, what, where, fix = errors[first]
+        error: RefRewardError = own or kind(f"rank {first} stopped: {what}", where=where, fix=fix)
+        error.reported_by = None if first == self.args.process_index else first
+        raise error
 
     def _check_prepared(self, model: nn.Module) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -639,6 +664,12 @@ def _enable_activation_checkpointing(network: nn.Module, args: AlignmentConfig) 
         )
     enable: Any = lambda **options: network.enable_gradient_checkpointing()  # noqa: E731
     network.activation_checkpointing_enable = enable
+
+
+def _named_samples(batch: Mapping[str, Any]) -> str:
+    names = [str(name) for name in batch.get("sample_id", [])]
+    more = f" and {len(names) - MAX_NAMED_SAMPLES} more" if len(names) > MAX_NAMED_SAMPLES else ""
+    return f"samples {', '.join(names[:MAX_NAMED_SAMPLES])}{more}"
 
 
 def _required_hr(batch: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from refreward_trl.errors import CheckpointError, ConfigError, RefRewardError
 from refreward_trl.trainers import run_folder
 from refreward_trl.trainers.checksums import digest
 from refreward_trl.trainers.preemption import PreemptibleTrainer
+from refreward_trl.trainers.sharding import is_sharded, keep_new_networks_whole, own_shards
 
 OVERRIDDEN = {
     "_save_checkpoint": ("self", "model", "trial"),
@@ -104,6 +105,8 @@ class VerifiedCheckpoints(PreemptibleTrainer):
         self._failed_saves = 0
         self._save_problem: str | None = None
         super().__init__(*arguments, **keywords)
+        # transformers has just been told of ZeRO-3 once more.
+        keep_new_networks_whole()
 
     @property
     def _run_folder(self) -> Path:
@@ -175,15 +178,22 @@ class VerifiedCheckpoints(PreemptibleTrainer):
             shutil.rmtree(staged, ignore_errors=True)
         self._failed_saves += 1
         last_chance = self.control.should_training_stop or self._stopped_by
-        message = f"checkpoint-{self.state.global_step} could not be written: {self._save_problem}"
+        message = f"checkpoint-{self.state.global_step} could not be written: {self._save_problem}{self._room()}"
         if self._failed_saves >= MOST_FAILED_SAVES or last_chance:
-            free = run_folder.readable(shutil.disk_usage(self._run_folder).free)
             raise CheckpointError(
-                f"{message} ({free} free); the checkpoints before are intact",
+                f"{message}; the checkpoints before are intact",
                 where=str(self._run_folder),
                 fix="make room, then run the same command again: it goes on from the newest checkpoint",
             )
         logger.error(f"{message}; training goes on, and saves again after the next save_steps")
+
+    def _room(self) -> str:
+        """Returns what is free, and what the newest checkpoint takes, as a remark."""
+        free = run_folder.readable(shutil.disk_usage(self._run_folder).free)
+        earlier = checkpointing.list_checkpoints(self._run_folder)
+        if not earlier:
+            return f" ({free} free)"
+        return f" ({free} free, a checkpoint takes {run_folder.readable(checkpointing.size(earlier[-1]))})"
 
     def _write_parts(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -192,6 +202,8 @@ class VerifiedCheckpoints(PreemptibleTrainer):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
         extra = {**self._write_extra_state(folder), "evaluation_due": self._evaluation_due}
+        if shards := own_shards(self.model):
+            extra["shards_digest"] = digest(shards)
         name = EXTRA_STATE_FILE.format(rank=self.args.process_index)
         (folder / name).write_text(json.dumps(extra), encoding="utf-8")
         if self.args.should_save:
@@ -222,26 +234,35 @@ class VerifiedCheckpoints(PreemptibleTrainer):
             "step": self.state.global_step,
             "trainer": type(self).__name__,
             "world_size": self.args.world_size,
+            "zero_stage": self._zero_stage(),
             "threads": torch.get_num_threads(),
             "versions": package_versions(),
             "settings": self._settings(),
             "weights_digest": self._weights_digest(),
         }
 
+    def _zero_stage(self) -> int:
+        """Returns the stage of DeepSpeed's ZeRO; 0 without DeepSpeed."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return 0 if plugin is None else int(plugin.zero_stage)
+
     def _weights_digest(self) -> str | None:
         """Returns the digest of the weights that training changes; None where no rank holds them whole (ZeRO-3)."""
         weights = self._changing_weights(self.model.state_dict())
-        sharded = any(hasattr(parameter, "ds_status") for parameter in self.model.parameters())
-        return None if sharded else digest(weights)
+        return None if any(map(is_sharded, self.model.parameters())) else digest(weights)
 
     def _check_loaded_weights(self, folder: Path) -> None:
         """Makes sure that the weights of `folder` are really those in the model: loading could miss it silently.
 
         Raises:
-            CheckpointError: They are not.
+            CheckpointError: They are not, on any rank.
         """
-        saved = checkpointing.read_manifest(folder).get("weights_digest")
-        if saved is not None and saved != self._weights_digest():
+        if shards := own_shards(self.model):
+            equal = self._read_own_state(folder).get("shards_digest") == digest(shards)
+        else:
+            saved = checkpointing.read_manifest(folder).get("weights_digest")
+            equal = saved is None or saved == self._weights_digest()
+        if not all([equal] if self.args.world_size == 1 else gather_object([equal])):
             raise CheckpointError(
                 "the model does not hold the weights of the checkpoint after loading it",
                 where=str(folder),
@@ -321,7 +342,15 @@ class VerifiedCheckpoints(PreemptibleTrainer):
             raise CheckpointError(
                 f"it was written by {manifest.get('world_size')} processes, this run has {self.args.world_size}",
                 where=str(folder),
-                fix="launch as many processes as the run had, or start afresh in another output_dir",
+                fix=f"launch it as before (accelerate launch --num_processes {manifest.get('world_size')} ...), "
+                "or start afresh in another output_dir",
+            )
+        stage = manifest.get("zero_stage", self._zero_stage())
+        if stage != self._zero_stage():
+            raise CheckpointError(
+                f"it was written {_with_zero(stage)}, this run is launched {_with_zero(self._zero_stage())}",
+                where=str(folder),
+                fix="use the launch file of the run that wrote it, or start afresh in another output_dir",
             )
         before = manifest.get("settings", {})
         now = self._settings()
@@ -373,12 +402,15 @@ class VerifiedCheckpoints(PreemptibleTrainer):
             self._load_from_checkpoint(folder)
         self._read_further_weights(Path(folder))
 
-    def _load_extra_state(self, folder: Path) -> None:
+    def _read_own_state(self, folder: Path) -> dict[str, Any]:
         path = folder / EXTRA_STATE_FILE.format(rank=self.args.process_index)
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+
+    def _load_extra_state(self, folder: Path) -> None:
+        state = self._read_own_state(folder)
         self._evaluation_due = bool(state["evaluation_due"])
         self._read_further_weights(folder)
         self._read_extra_state(folder, state)
@@ -411,6 +443,10 @@ class VerifiedCheckpoints(PreemptibleTrainer):
 
     def _require_finite_gradient(self, norm: Any) -> None:
         """Raises `TrainingError` unless the gradient norm is finite."""
+
+
+def _with_zero(stage: int) -> str:
+    return f"with DeepSpeed ZeRO-{stage}" if stage else "without DeepSpeed"
 
 
 def package_versions() -> dict[str, str]:

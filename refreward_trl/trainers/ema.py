@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from refreward_trl.errors import CheckpointError
+from refreward_trl.trainers.sharding import whole
 
 
 class WeightAverage:
     """Float32 shadow of the trainable parameters of a module: `shadow = decay * shadow + (1 - decay) * weights`.
+
+    Every rank keeps the whole shadow, also where ZeRO-3 shards the weights: adapters are small.
 
     Args:
         module: The bare (unwrapped) module; the shadow starts as a copy of its trainable parameters.
@@ -28,14 +31,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes up the current weights; call it after each optimizer step."""
-        for name, parameter in self._parameters.items():
-            self._shadow[name].lerp_(parameter.detach().float().to(self._shadow[name].device), 1 - self.decay)
+        """Takes up the current weights; call it after each optimizer step, on all ranks."""
+        with whole(self._parameters.values()):
+            for name, parameter in self._parameters.items():
+                self._shadow[name].lerp_(parameter.detach().float().to(self._shadow[name].device), 1 - self.decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Inside, the module holds the averaged weights; its own come back whatever happens."""
-        own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        with whole(self._parameters.values()):
+            own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         try:
             self._copy_to_module(self._shadow)
             yield
@@ -68,8 +73,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def _copy_to_module(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(weights[name])
+        with whole(self._parameters.values(), write=True):
+            for name, parameter in self._parameters.items():
+                parameter.copy_(weights[name])
 
 
 class WeightAverageCallback(TrainerCallback):

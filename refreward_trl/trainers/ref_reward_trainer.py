@@ -36,6 +36,7 @@ from refreward_trl.trainers.ref_reward_batches import (
 )
 from refreward_trl.trainers.ref_reward_config import RefRewardConfig
 from refreward_trl.trainers.resumable import ResumableTrainer
+from refreward_trl.trainers.self_check import DeepSpeedStepGuard
 from refreward_trl.types import LossOutput
 
 NEW_JUDGE_TILE = 64
@@ -58,7 +59,8 @@ class PreferenceModel(nn.Module):
         self.network: nn.Module = judge if isinstance(judge, ConvJudge) else judge.model
         # In a tuple, because a ConvJudge is a module and would be registered twice.
         self._judge = (judge,)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
+        # One element and not a scalar: DeepSpeed cannot broadcast a tensor without dimensions.
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]), requires_grad=learn_temperature)
 
     def forward(
         self, lr_image: Float[Tensor, "b 3 h w"], sr_image: Float[Tensor, "b 3 H W"]
@@ -69,7 +71,7 @@ class PreferenceModel(nn.Module):
             scores = judge.expected_rating(lr_image, sr_image, model=self.network)
         else:
             scores = self.network(lr_image, sr_image)
-        return scores.float(), self.log_temperature.float().exp()
+        return scores.float(), self.log_temperature.float().exp().squeeze()
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Called by the Trainer for `activation_checkpointing: true`.
@@ -141,6 +143,7 @@ class RefRewardTrainer(ResumableTrainer):
             callbacks=callbacks,
         )
         self.teachers = self._open_teachers(args, train_dataset)
+        self._guard: DeepSpeedStepGuard | None = None
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -166,6 +169,7 @@ class RefRewardTrainer(ResumableTrainer):
         """
         if model.training:
             self._refuse_unwrapped(model)
+            self._guard_steps(model)
             self._step_sample_ids.extend(inputs["sample_id"])
             inputs = self._augmented(inputs)
         scores, temperature = score_groups(model, inputs)
@@ -280,6 +284,12 @@ class RefRewardTrainer(ResumableTrainer):
             margin = values[better] - values[worse]
             outcomes[row["kinds"][0][worse]].append(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0)
         return {"loss": float(output.loss), "outcomes": dict(outcomes), **output.scalar_metrics()}
+
+    def _guard_steps(self, model: nn.Module) -> None:
+        """Looks at the gradients before DeepSpeed steps, which it does inside backward."""
+        if self.is_deepspeed_enabled and self._guard is None:
+            trained = [parameter for parameter in self.preference_model.parameters() if parameter.requires_grad]
+            self._guard = DeepSpeedStepGuard(model, trained, self._require_finite_gradient)
 
     def _refuse_unwrapped(self, model: nn.Module) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

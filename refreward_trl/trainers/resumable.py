@@ -24,6 +24,7 @@ from refreward_trl.trainers.checkpoint_hooks import VerifiedCheckpoints
 from refreward_trl.trainers.checksums import checksums
 from refreward_trl.trainers.recorder import MetricRecorder
 from refreward_trl.trainers.run_folder import check_space, lock_run_folder
+from refreward_trl.trainers.sharding import is_sharded
 
 LOST_RANK = (
     "closed by peer",
@@ -59,7 +60,7 @@ class ResumableTrainer(VerifiedCheckpoints):
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
         """Trains, from the checkpoint that `args.resume` (or `resume_from_checkpoint`, if given) chooses."""
-        with self._own_folder():
+        with self._naming_lost_ranks(), self._own_folder():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: str | bool | None, *others: Any) -> TrainOutput:
@@ -71,18 +72,26 @@ class ResumableTrainer(VerifiedCheckpoints):
         eval_on_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and folder is None
         try:
             return super().train(None if folder is None else str(folder), *others)
-        except RuntimeError as error:
-            if self.args.world_size > 1 and _lost_a_rank(error):
-                raise self._alone(error) from error
-            raise
         finally:
             self.args.eval_on_start = eval_on_start
             self._seconds, self._started_at = self._elapsed(), None
 
+    @contextmanager
+    def _naming_lost_ranks(self) -> Iterator[None]:
+        """Inside, what a collective call says when another rank is gone becomes an error that can be read."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.args.world_size > 1 and _lost_a_rank(error):
+                raise self._alone(error) from error
+            raise
+
     def _alone(self, error: RuntimeError) -> TrainingError:
+        own, ranks = self.args.process_index, self.args.world_size
+        other = f"rank {1 - own}" if ranks == 2 else f"one of the {ranks - 1} other ranks"
         return TrainingError(
-            f"rank {self.args.process_index} has lost another rank (own samples: {', '.join(self._step_sample_ids)}): "
-            f"{str(error).strip().splitlines()[0]}",
+            f"rank {own} has lost {other}, which died or does not answer (own samples: "
+            f"{', '.join(self._step_sample_ids)}): {str(error).strip().splitlines()[0]}",
             where=f"step {self.state.global_step + 1}",
             fix="look for the message of the rank that ended first, then run the same command again",
         )
@@ -154,7 +163,7 @@ class ResumableTrainer(VerifiedCheckpoints):
     def _require_equal_ranks(self) -> None:
         """Stops all ranks if the weights of one are not those of rank 0, and names rank and tensor."""
         weights = self._changing_weights(dict(self.model.named_parameters()))
-        weights = {name: weight for name, weight in weights.items() if not hasattr(weight, "ds_status")}
+        weights = {name: weight for name, weight in weights.items() if not is_sharded(weight)}
         if not weights:
             return
         own = checksums(weights).to(self.accelerator.device)

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from refreward_trl.errors import ConfigError
+from refreward_trl.trainers.sharding import keep_new_networks_whole
 
 
 @dataclass
@@ -58,6 +59,8 @@ class RunConfig(TrainingArguments):
             # One checkpoint is none: the only one may be the one that a crash has just cut short.
             self.save_total_limit = max(2, self.save_total_limit)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        # Rewards and judges may be built between the configuration and the trainer.
+        keep_new_networks_whole()
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:

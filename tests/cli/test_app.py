@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import traceback
+from unittest import mock
 
 import pytest
 
 from refreward_trl import errors
 from refreward_trl.cli import app, env
+from refreward_trl.signals import STOPPING
 
 HELP_SCRIPT = """
 import contextlib, io, json, sys
@@ -106,6 +109,24 @@ def test_another_error_is_told_by_every_process_with_its_rank(monkeypatch, capsy
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert app.main(["score", "no/lr.png", "no/sr.png"]) == 3
     assert capsys.readouterr().err.startswith("[rank 1] error: no/lr.png")
+
+
+def test_an_error_that_another_rank_tells_is_not_told_twice(monkeypatch, capsys):
+    waited: list[float] = []
+    error = errors.RewardError("rank 0 stopped: raised ConnectionError")
+    error.reported_by = 0
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(app, "_dispatch", mock.Mock(side_effect=error))
+    assert app.main(["refl"]) == 4
+    assert capsys.readouterr().err == ""
+    assert waited == [app.HEAD_START]
+
+
+def test_reporting_leaves_the_signals_as_they_were(monkeypatch):
+    before = [signal.getsignal(number) for number in STOPPING]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert app.main(["score", "no/lr.png", "no/sr.png"]) == 3
+    assert [signal.getsignal(number) for number in STOPPING] == before
 
 
 def test_exit_codes_are_distinct():

@@ -2,82 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
+from launching import ended, furnish, needs_deepspeed, started
 
 from refreward_trl import checkpointing
-from refreward_trl.cli.packaged import packaged_folder
-from refreward_trl.data.images import to_uint8, write_png
 
 pytestmark = pytest.mark.slow
-
-needs_deepspeed = pytest.mark.skipif(
-    shutil.which("g++") is None or importlib.util.find_spec("deepspeed") is None,
-    reason="DeepSpeed compiles its communication at the first start",
-)
-
-RECIPE = """
-method: refl
-output_dir: run
-generator: generator
-dataset: photos
-eval_dataset: photos
-degradation: bicubic
-crop_size: 32
-max_eval_images: 2
-max_steps: 2
-save_steps: 2
-per_device_train_batch_size: 2
-learning_rate: 1e-3
-rewards: [{name: psnr}]
-"""
 
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    from refreward_trl.generators.tiny import build_tiny_generator
-
-    generator = torch.Generator().manual_seed(0)
-    for name in ("a", "b", "c"):
-        write_png(tmp_path / "photos" / f"{name}.png", to_uint8(torch.rand(3, 48, 48, generator=generator)))
-    build_tiny_generator(vae_width=8, unet_channels=(8, 16)).save_pretrained(tmp_path / "generator")
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return tmp_path
-
-
-def started(place: Path, launch_file: str | None, *words: str) -> subprocess.Popen:
-    """Starts a run in a session of its own, by a launch file or without a launcher."""
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable]
-    if launch_file is not None:
-        file = packaged_folder("deepspeed_configs") / launch_file
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
-    command += ["-m", "refreward_trl", "refl", "--config", "recipe.yaml", *words]
-    # DeepSpeed's ninja lies beside this Python, which need not be on the path.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root, "DS_ACCELERATOR": "cpu", "PATH": path}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes)
-
-
-def ended(process: subprocess.Popen, timeout: float = 1200) -> subprocess.CompletedProcess:
-    """Waits for a run; kills all of its processes if it takes too long."""
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    return furnish(tmp_path)
 
 
 def launch(place: Path, launch_file: str, *words: str) -> subprocess.CompletedProcess:

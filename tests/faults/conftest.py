@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
 from refreward_trl.reward_model.conv import ConvJudge
@@ -37,7 +39,7 @@ spec.loader.exec_module(toys)
 STEPS = 6
 SAVE_STEPS = 2
 TIMING = {"time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
-PATIENCE = 120.0
+PATIENCE = 600.0
 """Seconds after which a child counts as hanging."""
 
 
@@ -80,6 +82,7 @@ def make_trainer(kind: str, folder: Path, **changes: Any) -> Any:
         "save_total_limit": 2,
         "eval_strategy": "steps",
         "eval_steps": 3,
+        **({"ddp_backend": "gloo"} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}),
         **changes,
     }
     method, _, part = kind.partition("-")
@@ -122,37 +125,87 @@ def in_child(action: Callable[[], Any], log: Path, kill_after: float | None = No
     Returns:
         Its exit code (negative: the signal that ended it), and what it returned, as JSON.
     """
-    result = log.with_suffix(".json")
-    result.unlink(missing_ok=True)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with log.open("w") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            result.write_text(json.dumps(action()))
-            code = 0
-        except BaseException as error:  # a child must never come back into the test
-            traceback.print_exc()
-            code = getattr(error, "exit_code", 1)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    child = forked(action, log, {})
     started = time.monotonic()
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
+    while not (code := exit_code(child)):
         elapsed = time.monotonic() - started
         if elapsed > (PATIENCE if kill_after is None else kill_after):
             os.kill(child, signal.SIGKILL)
             kill_after = PATIENCE
         time.sleep(0.002)
     assert time.monotonic() - started < PATIENCE, f"the child hung: {log.read_text()[-3000:]}"
-    code = os.waitstatus_to_exitcode(status)
-    return code, json.loads(result.read_text()) if code == 0 else None
+    return code[0], result_of(log) if code[0] == 0 else None
+
+
+def in_ranks(action: Callable[[], Any], log: Path, ranks: int = 2) -> list[tuple[int, Any]]:
+    """Runs `action` in forked children that are the ranks of one run, without a launcher to stop them.
+
+    Each writes its output to `log` with the rank before the ending.
+
+    Returns:
+        Per rank what `in_child` returns.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logs = [rank_log(log, rank) for rank in range(ranks)]
+    children = [
+        forked(action, logs[rank], {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)
+    ]
+    codes: dict[int, int] = {}
+    patience = time.monotonic() + PATIENCE
+    while len(codes) < ranks and time.monotonic() < patience:
+        for rank in set(range(ranks)) - codes.keys():
+            codes |= dict.fromkeys([rank], *code) if (code := exit_code(children[rank])) else {}
+        time.sleep(0.005)
+    hung = set(range(ranks)) - codes.keys()
+    for rank in hung:
+        os.kill(children[rank], signal.SIGKILL)
+        os.waitpid(children[rank], 0)
+    assert not hung, "\n".join(f"rank {rank} hung: {logs[rank].read_text()[-3000:]}" for rank in hung)
+    return [(codes[rank], result_of(logs[rank]) if codes[rank] == 0 else None) for rank in range(ranks)]
+
+
+def rank_log(log: Path, rank: int) -> Path:
+    return log.with_suffix(f".rank{rank}.log")
+
+
+def result_of(log: Path) -> Any:
+    return json.loads(log.with_suffix(".json").read_text())
+
+
+def exit_code(child: int) -> tuple[int] | None:
+    """Returns the exit code of a child that has ended."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    return (os.waitstatus_to_exitcode(status),) if done else None
+
+
+def forked(action: Callable[[], Any], log: Path, environment: dict[str, str]) -> int:
+    """Starts `action` in a forked child and returns its process id."""
+    result = log.with_suffix(".json")
+    result.unlink(missing_ok=True)
+    child = os.fork()
+    if child != 0:
+        return child
+    code = 1
+    try:
+        os.environ.update(environment)
+        # What a trainer of the parent has found out about its one process.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        file = log.open("w", buffering=1)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        # pytest has replaced these by objects that write elsewhere.
+        sys.stdout = sys.stderr = file
+        result.write_text(json.dumps(action()))
+        code = 0
+    except BaseException as error:  # a child must never come back into the test
+        traceback.print_exc()
+        code = getattr(error, "exit_code", 1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Tally:
@@ -178,8 +231,27 @@ MATRIX = {
     "damaged-file": "each file of a checkpoint emptied, halved, one byte short, one bit flipped or deleted: noticed "
     "and named, `auto` takes the checkpoint before, a checkpoint asked for by name is refused",
     "damaged-manifest": "one bit of the manifest flipped, at every byte: noticed",
+    "full-disk": "a disk with room for 1/12, 2/12 ... of a checkpoint, or for no byte at all, from a step on: told in "
+    "words with what is free and needed, earlier checkpoints verify, the run ends after three failed saves, and goes "
+    "on bit-identically once there is room",
+    "file-limit": "the same with a limit for the size of one file, in the weights and in the optimizer's state",
+    "read-only": "the same with a file system that becomes read-only, or is from the start",
+    "two-runs": "a second run in the same folder is refused; the folder of a run that was killed is taken over",
     "bad-reward": "a reward that raises, hangs or returns no rewards: `stop` stops with its name, `drop` leaves the "
     "candidates out and counts them; weights and moments stay finite; nothing becomes a score",
+    "lost-rank": "one rank of two, either of them, is killed, raises, sleeps or cannot be interrupted, in a reward, "
+    "in ReFL and in DDPO, without a launcher: both ranks end and one message names rank, step and samples",
+    "lost-rank-launched": "the same through `accelerate launch`, DDP and ZeRO-2: no process is left over",
+    "signal": "SIGTERM, SIGINT, SIGUSR2 or two SIGTERM, to one rank or both, in the middle of an update, of a reward "
+    "or of a save: saved, exit code 75, and the run that goes on ends in the same bits",
+    "signal-alone": "the same signals to a run of one process, in ReFL and DDPO",
+    "kill-launched": "SIGKILL of all processes of a run of two ranks under ZeRO-2, at a random moment: it goes on "
+    "with the same losses (1e-6), and its metrics have no gap and no duplicate",
+    "wrong-recipe": "generated mistakes in every key of a recipe and in flags: typo, wrong type, out of range, twice, "
+    "numbers as text, no YAML: refused before torch is imported, with exit code 2, line, key and fix",
+    "bad-image": "a corpus of damaged and unusual images through datasets, training data and scores; every length and "
+    "every bit of headers: the right pixels, or one error with the name and exit code 3; nothing is filled in black",
+    "bad-table": "missing files, empty cells, wrong columns and sizes, repeated ids: all rows named in one error",
 }
 """What is injected and what must hold, by the name of the row."""
 
@@ -234,8 +306,9 @@ def tally(request: pytest.FixtureRequest) -> Callable[[str], Tally]:
 
 @pytest.fixture
 def harness() -> SimpleNamespace:
-    """`make_trainer`, `ending` and `in_child` for tests, which cannot import a conftest."""
-    return SimpleNamespace(make_trainer=make_trainer, ending=ending, in_child=in_child)
+    """The functions above for tests, which cannot import a conftest."""
+    functions = {"in_child": in_child, "in_ranks": in_ranks, "rank_log": rank_log}
+    return SimpleNamespace(make_trainer=make_trainer, ending=ending, **functions)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from launching import PATIENCE, ended, furnish, kill_all, needs_deepspeed, started, wait_until
 from transformers import TrainerCallback
 
 from refreward_trl import checkpointing
@@ -88,9 +90,9 @@ class Trials:
 
     def __init__(self, harness: SimpleNamespace, kind: str, folder: Path) -> None:
         self.harness, self.kind, self.folder = harness, kind, folder
-        started = time.monotonic()
+        begun = time.monotonic()
         code, self.reference = self.run("reference")
-        self.seconds = time.monotonic() - started
+        self.seconds = time.monotonic() - begun
         assert code == 0, (folder / "reference.log").read_text()[-3000:]
         self.operations = self.reference.pop("operations")
 
@@ -143,3 +145,62 @@ def test_killed_inside_a_rollout(trials: Callable[[str], Trials], tally: Callabl
     for step in (1, 2, 4, 5):
         with tally("kill-in-rollout").trial():
             assert run.kill_and_go_on(f"step-{step}", kill_in=step)
+
+
+LAUNCHED_KILLS = 10
+LAUNCHED_STEPS = 100
+"""More than the parts of the run can take together before they are killed."""
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """Returns steps and losses as `metrics.jsonl` has them; a line that is just being written is left out."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def last_step(run: Path) -> int:
+    return max((step for step, _ in losses(run)), default=0)
+
+
+def check_part(run: Path, reference: list[tuple[int, float]]) -> int:
+    """Checks what is visible of a run and that it has walked the reference's way; returns how far that is."""
+    for checkpoint in checkpointing.list_checkpoints(run):
+        checkpointing.verify(checkpoint)
+    walked = losses(run)
+    assert [step for step, _ in walked] == list(range(1, len(walked) + 1))
+    assert [loss for _, loss in walked] == pytest.approx([loss for _, loss in reference[: len(walked)]], abs=1e-6)
+    return len(walked)
+
+
+def launched(place: Path, log: Path) -> Any:
+    counts = ("--max_steps", str(LAUNCHED_STEPS), "--save_steps", "2", "--save_total_limit", "2")
+    return started(place, "zero2.yaml", *counts, "--logging_steps", "1", log=log)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_launch_is_killed_again_and_again(tally: Callable[[str], Any], tmp_path: Path) -> None:
+    """One run in many parts, so that each kill costs one start. Each part dies some steps behind its checkpoint."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        furnish(tmp_path / name)
+    whole = launched(tmp_path / "whole", tmp_path / "whole.log")
+    assert ended(whole, 2 * PATIENCE).returncode == 0, (tmp_path / "whole.log").read_text()[-4000:]
+    reference = losses(tmp_path / "whole/run")
+    assert [step for step, _ in reference] == list(range(1, LAUNCHED_STEPS + 1))
+    moments, run = random.Random(0), tmp_path / "killed/run"
+    for number in range(LAUNCHED_KILLS):
+        log = tmp_path / f"part-{number}.log"
+        with tally("kill-launched").trial():
+            process = launched(tmp_path / "killed", log)
+            # There are lines behind the newest checkpoint, which the run takes back when it goes on.
+            target = max(last_step(run) + moments.randint(1, 4), 3)
+            wait_until(lambda target=target: last_step(run) >= target, process, log)
+            time.sleep(moments.uniform(0, 0.2))
+            assert kill_all(process) >= 3, "the launcher and two ranks"
+            check_part(run, reference)
+    last = launched(tmp_path / "killed", tmp_path / "last.log")
+    assert ended(last, 2 * PATIENCE).returncode == 0, (tmp_path / "last.log").read_text()[-4000:]
+    assert check_part(run, reference) == LAUNCHED_STEPS

@@ -40,10 +40,6 @@ def score(*rewards, weights=None, group_size=1, aggregation="sum_then_normalize"
     )
 
 
-async def asynchronous(**columns):
-    return [0.0] * 4
-
-
 BAD_RETURNS = {
     "nothing": (None, "return"),
     "one float": (0.5, "float 0.5"),
@@ -79,11 +75,6 @@ def test_what_is_no_reward_is_refused_by_name(case):
         score(returns([0.0] * 4, "good"), returns(value), columns={"sample_id": ["a", "b", "c", "d"]})
     assert "reward 'odd'" in str(caught.value)
     assert caught.value.exit_code == 4
-
-
-def test_an_async_reward_is_refused_and_closed():
-    with pytest.raises(RewardError, match="async rewards are not supported"):
-        score(asynchronous)
 
 
 def test_many_infinite_values_are_summarised():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from refreward_trl.errors import RewardError
-from refreward_trl.rewards.composite import call_reward
+from refreward_trl.rewards.calling import call_reward
 from refreward_trl.rewards.deadline import DeadlineError, deadline
 
 
@@ -84,3 +85,29 @@ def test_other_threads_have_no_limit() -> None:
     thread.start()
     thread.join()
     assert found == [True]
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_call_that_no_alarm_ends_is_reported_from_another_thread(
+    monkeypatch: pytest.MonkeyPatch, blocked: bool
+) -> None:
+    monkeypatch.setattr("refreward_trl.rewards.deadline.GRACE", 0.1)
+    stuck, threads = threading.Event(), threading.active_count()
+    names: list[str] = []
+
+    def on_stuck(name: str) -> None:
+        names.append(name)
+        stuck.set()
+
+    def server(**columns: object) -> list[float]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM} if blocked else set())
+        stuck.wait(60 if blocked else 0)
+        return [1.0]
+
+    try:
+        with suppress(RewardError):  # it is still too late, once it does come back
+            call_reward(server, "server", {}, timeout=0.1 if blocked else 50.0, on_stuck=on_stuck)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    assert names == (["server"] if blocked else [])
+    assert threading.active_count() == threads

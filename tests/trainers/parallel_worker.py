@@ -1,4 +1,4 @@
-"""Run by `test_parallel.py` under the launcher: trains toy scenarios and writes what rank 0 saw.
+"""Run by `test_parallel.py` under the launcher: trains toy scenarios and writes what each rank saw.
 
 parallel_worker.py OUTPUT_FOLDER SCENARIO...
 """
@@ -17,15 +17,23 @@ import torch
 from accelerate.utils import DistributedType
 from conftest import ToyPairs, brightness, grey_generator, toy_lora
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
+from refreward_trl import RefReward
 from refreward_trl.errors import RefRewardError
+from refreward_trl.reward_model.scoring import RateJudge
+from refreward_trl.reward_model.spec import JudgeSpec
+from refreward_trl.reward_model.tiny import build_tiny_judge
 from refreward_trl.trainers.base import AlignmentTrainer
 from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer
 from refreward_trl.trainers.finetune_config import SRFinetuneConfig
 from refreward_trl.trainers.finetune_trainer import SRFinetuneTrainer
+from refreward_trl.trainers.ref_reward_config import RefRewardConfig
+from refreward_trl.trainers.ref_reward_trainer import RefRewardTrainer
 from refreward_trl.trainers.refl_config import SRReFLConfig
 from refreward_trl.trainers.refl_trainer import SRReFLTrainer
+from refreward_trl.trainers.sharding import whole
 from refreward_trl.types import LossOutput
 
 GLOBAL_BATCH = 4
@@ -95,6 +103,16 @@ class NotANumberGradient(WatchedReFL):
         return output
 
 
+class NotANumberJudge(RefRewardTrainer):
+    """The same for a judge."""
+
+    def compute_loss(self, *arguments: Any, **keywords: Any) -> Any:
+        loss = super().compute_loss(*arguments, **keywords)
+        if self.state.global_step == 1 and self.args.process_index == self.args.world_size - 1:
+            loss = loss + (loss - loss.detach()).abs().sqrt()
+        return loss
+
+
 class Drifting(WatchedReFL):
     """After the second update one bit of one weight of the last rank is another."""
 
@@ -112,6 +130,53 @@ class Preempting(WatchedDDPO):
         if self.state.global_step == 3 and self.args.process_index == self.args.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().training_step(*arguments, **keywords)
+
+
+class Killed(WatchedDDPO):
+    """SIGKILL ends the last rank in the fifth update, unless the run goes on from a checkpoint."""
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
+        last = self.args.process_index == self.args.world_size - 1
+        if self.state.global_step == 4 and last and self._resumed_from is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(*arguments, **keywords)
+
+
+class Sharding(TrainerCallback):
+    """Notes between two updates what a rank holds: how many weights are whole, and its share of the moments."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.facts: dict[str, Any] = {}
+        self._size = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = list(self.trainer.model.parameters())
+        states = [getattr(parameter, "ds_status", None) for parameter in parameters]
+        moments = self._moments()
+        self.facts = {
+            "parameters": len(parameters),
+            "not_available": sum(status is not None and status.name == "NOT_AVAILABLE" for status in states),
+            "empty": sum(parameter.numel() == 0 for parameter in parameters),
+            "share_of_moments": sum(moment.numel() for moment in moments) / self._size,
+            "outside": [name for name, parameter in self._outside() if hasattr(parameter, "ds_status")],
+            "outside_parameters": len(self._outside()),
+            "outside_empty": [name for name, parameter in self._outside() if parameter.numel() == 0],
+        }
+
+    def _moments(self) -> list[Tensor]:
+        deepspeed = self.trainer.is_deepspeed_enabled
+        optimizer = self.trainer.model_wrapped.optimizer.optimizer if deepspeed else self.trainer.optimizer
+        return [state["exp_avg"] for state in optimizer.state.values() if "exp_avg" in state]
+
+    def _outside(self) -> list[tuple[str, nn.Parameter]]:
+        """The frozen networks beside the denoiser: VAE, reference, judges."""
+        generator = getattr(self.trainer, "generator", None)
+        if generator is None:
+            return []
+        judges = [reward.judge.model for reward in self.trainer.heldout_rewards if isinstance(reward, RefReward)]
+        networks = [generator.vae, generator.reference_model(), *judges]
+        return [named for network in networks if network is not None for named in network.named_parameters()]
 
 
 class Failing:
@@ -146,6 +211,22 @@ RESUMABLE = {
     "save_steps": 3,
     "eval_strategy": "steps",
 }
+ALIGNED = {
+    **ADAMW,
+    **DDPO,
+    "max_steps": 4,
+    "beta": 0.1,
+    "ema_decay": 0.5,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_reward",
+    "log_image_steps": 4,
+    "num_log_images": 1,
+}
+"""All that touches the weights besides the step: KL, average, evaluation, pictures, best model, saving."""
 SCENARIOS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "refl-sgd": (WatchedReFL, SRReFLConfig, SGD),
     "ddpo-sgd": (WatchedDDPO, SRDDPOConfig, {**SGD, **DDPO}),
@@ -160,7 +241,17 @@ SCENARIOS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "drift": (Drifting, SRReFLConfig, {**SGD, "learning_rate": 1e-3, "max_steps": 5, "rank_check_steps": 2}),
     "preempted": (Preempting, SRDDPOConfig, RESUMABLE),
     "resumable": (WatchedDDPO, SRDDPOConfig, RESUMABLE),
+    "killed": (Killed, SRDDPOConfig, RESUMABLE),
+    "aligned": (WatchedDDPO, SRDDPOConfig, ALIGNED),
+    "full-sgd": (WatchedReFL, SRReFLConfig, {**SGD, "learning_rate": 1e-3}),
+    "full-kl-sgd": (WatchedDDPO, SRDDPOConfig, {**SGD, **DDPO, "beta": 0.1, "learning_rate": 1e-2}),
+    "judge-sgd": (RefRewardTrainer, RefRewardConfig, {**SGD, "learning_rate": 1e-2, "save_strategy": "steps"}),
+    "judge-nan-gradient": (NotANumberJudge, RefRewardConfig, SGD),
 }
+for seed in (1, 2):
+    for name in ("refl-sgd", "ddpo-sgd"):
+        kind, config, changes = SCENARIOS[name]
+        SCENARIOS[f"{name}-{seed}"] = (kind, config, {**changes, "seed": seed})
 
 
 def backend() -> dict[str, Any]:
@@ -184,39 +275,80 @@ def build(name: str, folder: Path) -> Any:
         **settings,
     )
     args.per_device_train_batch_size = GLOBAL_BATCH // args.world_size
-    rewards = {"failing-reward": Failing()}.get(name, brightness)
+    if issubclass(kind, RefRewardTrainer):
+        return kind(toy_judge(), args, ToyGroups(12), eval_dataset=ToyGroups(3))
+    parts: dict[str, Any] = {}
+    if kind is not WatchedFinetune:
+        parts["reward_funcs"] = Failing() if name == "failing-reward" else brightness
+        parts["peft_config"] = None if name.startswith("full") else toy_lora()
+    if name == "aligned":
+        parts["heldout_rewards"] = [RefReward.from_pretrained("default")]
     return kind(
         grey_generator(),
-        **({} if kind is WatchedFinetune else {"reward_funcs": rewards}),
         args=args,
         train_dataset=ToyPairs(4 if name in ("nan", "failing-reward") else 12),
         eval_dataset=ToyPairs(3),
-        peft_config=None if kind is WatchedFinetune else toy_lora(),
+        **parts,
     )
+
+
+class ToyGroups(ToyPairs):
+    """Preference groups of two candidates: the HR image and a noisy one."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = super().__getitem__(index)
+        noise = 60 * torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        worse = (row["hr_image"].float() + noise).clamp(0, 255).byte()
+        return {
+            "sample_id": row["sample_id"],
+            "lr_image": row["lr_image"],
+            "candidates": torch.stack([row["hr_image"], worse]),
+            "better_worse": torch.tensor([[0, 1]]),
+            "kinds": ["hr", "noise"],
+        }
+
+
+def toy_judge() -> RateJudge:
+    size = {"vision_dim": 32, "vision_depth": 1, "vision_heads": 2, "text_dim": 64, "text_layers": 1, "text_heads": 2}
+    return build_tiny_judge(**size, spec=JudgeSpec(tile=32))
+
+
+def trained_weights(trainer: Any) -> dict[str, Tensor]:
+    """Returns copies of the trained weights, whole on every rank."""
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    with whole(trained.values()):
+        return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
 
 
 def run(name: str, output: Path) -> None:
     trainer = build(name, output)
-    start = {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
+    start = trained_weights(trainer)
+    sharding = Sharding(trainer)
+    trainer.add_callback(sharding)
     error = None
     try:
         trainer.train()
     except RefRewardError as caught:
         error = {"kind": type(caught).__name__, "message": str(caught)}
-    trainable = {key for key, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    end = trainer.model.state_dict()
+    if name == "judge-sgd":
+        trainer.save_model(str(output / name / "judge"))
+    history = trainer.state.log_history
     facts = {
         "error": error,
         "distributed_type": str(trainer.accelerator.distributed_type),
+        "zero_stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
+        "sharding": sharding.facts,
         "world_size": trainer.args.world_size,
         "step": trainer.state.global_step,
-        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
-        "evaluations": [line["eval_reward"] for line in trainer.state.log_history if "eval_reward" in line],
+        "best_step": trainer.state.best_global_step,
+        "losses": [line["loss"] for line in history if "loss" in line],
+        "evaluations": [line["eval_reward"] for line in history if "eval_reward" in line],
+        "heldout": [line["eval_heldout/refreward"] for line in history if "eval_heldout/refreward" in line],
     }
-    tensors = {f"gradient/{key}": tensor for key, tensor in (trainer.first_gradients or {}).items()}
-    tensors |= {f"start/{key}": start[key].cpu() for key in trainable}
-    tensors |= {f"end/{key}": end[key].detach().cpu() for key in trainable}
-    if trainer.average is not None:
+    tensors = {f"gradient/{key}": tensor for key, tensor in (getattr(trainer, "first_gradients", None) or {}).items()}
+    tensors |= {f"start/{key}": tensor for key, tensor in start.items()}
+    tensors |= {f"end/{key}": tensor for key, tensor in trained_weights(trainer).items()}
+    if getattr(trainer, "average", None) is not None:
         tensors |= {f"average/{key}": tensor for key, tensor in trainer.average.state_dict().items()}
     rank = trainer.args.process_index
     folder = output / name

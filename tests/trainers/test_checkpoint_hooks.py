@@ -101,6 +101,26 @@ def as_written(manifest: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: manifest["settings"][name] for name in names}
 
 
+def test_another_launch_cannot_go_on_from_it(
+    trained: SRReFLTrainer, make_generator: Any, reward: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without DeepSpeed its state of the optimizer would be left out without a word."""
+    trainer = again(trained, make_generator, reward, pairs)
+    monkeypatch.setattr(trainer, "_zero_stage", lambda: 2)
+    with pytest.raises(CheckpointError, match=r"without DeepSpeed, this run .* with DeepSpeed ZeRO-2") as caught:
+        trainer.train()
+    assert caught.value.exit_code == 5
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer.args.__class__, "world_size", 2)
+    with pytest.raises(CheckpointError, match="written by 1 processes, this run has 2") as caught:
+        trainer._check_manifest(Path(trained.args.output_dir), checkpointing.read_manifest(newest(trained)))
+    assert "--num_processes 1" in str(caught.value)
+
+
+def newest(trained: SRReFLTrainer) -> Path:
+    return checkpointing.list_checkpoints(trained.args.output_dir)[-1]
+
+
 def test_never_refuses_to_mix_with_an_earlier_run(
     trained: SRReFLTrainer, make_generator: Any, reward: Any, pairs: Any
 ) -> None:
