@@ -23,7 +23,7 @@ from refreward_trl.errors import TrainingError
 from refreward_trl.trainers.checkpoint_hooks import VerifiedCheckpoints
 from refreward_trl.trainers.checksums import checksums
 from refreward_trl.trainers.recorder import MetricRecorder
-from refreward_trl.trainers.run_folder import check_space, lock_run_folder
+from refreward_trl.trainers.run_folder import DISK_ERRORS, check_space, lock_run_folder, unwritable
 from refreward_trl.trainers.sharding import is_sharded
 
 LOST_RANK = (
@@ -49,7 +49,12 @@ class ResumableTrainer(VerifiedCheckpoints):
         self._seconds = 0.0
         self._started_at: float | None = None
         self._resumed_from: Path | None = None
-        super().__init__(*arguments, callbacks=[our_callbacks.MetricsWriter(), *(callbacks or [])], **keywords)
+        try:
+            super().__init__(*arguments, callbacks=[our_callbacks.MetricsWriter(), *(callbacks or [])], **keywords)
+        except OSError as error:  # the Trainer makes the run's folder
+            if error.errno in DISK_ERRORS and error.filename:
+                raise unwritable(error.filename, error) from error
+            raise
         # The samples of one update, which an error names.
         self._step_sample_ids: deque[str] = deque(
             maxlen=self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps

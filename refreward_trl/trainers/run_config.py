@@ -59,8 +59,16 @@ class RunConfig(TrainingArguments):
             # One checkpoint is none: the only one may be the one that a crash has just cut short.
             self.save_total_limit = max(2, self.save_total_limit)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self._set_timeout()
         # Rewards and judges may be built between the configuration and the trainer.
         keep_new_networks_whole()
+
+    def _set_timeout(self) -> None:
+        """Sets `ddp_timeout`, which transformers forgets on CPUs: a rank that stands still held the others for 30
+        minutes."""
+        distributed = torch.distributed.is_available() and self.device.type == "cpu"
+        if distributed and torch.distributed.is_initialized():
+            torch.distributed.distributed_c10d._set_pg_timeout(self.ddp_timeout_delta)
 
 
 def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:

@@ -53,9 +53,14 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             probe.unlink()
-        raise SetupError(
-            f"the folder cannot be written to: {explain(error)}", where=str(folder), fix="choose another output_dir"
-        ) from error
+        raise unwritable(folder, error) from error
+
+
+def unwritable(folder: Path | str, error: OSError) -> SetupError:
+    """Returns the error for a run's folder in which nothing can be written."""
+    return SetupError(
+        f"the folder cannot be written to: {explain(error)}", where=str(folder), fix="choose another output_dir"
+    )
 
 
 def check_space(folder: Path, checkpoint_bytes: int, kept: int) -> None:

@@ -70,7 +70,8 @@ def train(
         except Preempted as error:
             stopped = {"code": error.exit_code, "step": trainer.state.global_step, "message": str(error)}
             checkpointing.verify(checkpointing.checkpoint_folder(folder, stopped["step"]))
-            assert (folder / STOPPED_FILE).exists()
+            if trainer.args.should_save:  # and deletes it again, maybe before another rank could look
+                assert (folder / STOPPED_FILE).exists()
         handlers = [signal.getsignal(number) for number in SIGNALS["SIGTERM twice"]]
         assert handlers == [signal.SIG_DFL] * 2
     trainer = harness.make_trainer(kind, folder, **changes)
