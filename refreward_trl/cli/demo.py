@@ -53,7 +53,7 @@ class DemoSettings:
     pairs: int = 60
     photos: int | None = None
     steps_refl: int = 32
-    steps_ddpo: int = 20
+    steps_ddpo: int = 10
     steps_hacking: int = 18
     refl_recipe: str = "tiny/refl"
     ddpo_recipe: str = "tiny/ddpo"
