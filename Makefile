@@ -44,11 +44,11 @@ check: $(STAMP)
 test: check
 	@# A run that was killed while it compiled leaves a lock behind, on which the next one would wait for ever.
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m 'slow and not faults'
 
 faults: $(STAMP)
 	@mkdir -p docs
-	$(BIN)/python -m pytest -q tests/faults -m faults --reliability-report docs/reliability.md
+	$(BIN)/python -m pytest -q tests/faults -m faults -n 2 --dist worksteal --reliability-report docs/reliability.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -19,7 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from refreward_trl.data.images import to_pil, write_png
-from refreward_trl.errors import DISK_ERRORS, SetupError
+from refreward_trl.errors import DISK_ERRORS, ConfigError, SetupError
 from refreward_trl.generators.base import Generator
 from refreward_trl.resampling import upscale
 
@@ -35,12 +35,20 @@ def metrics_path(output_dir: str | Path) -> Path:
     return Path(output_dir) / METRICS_FILE
 
 
+def check_metrics_file(path: Path) -> None:
+    """Raises `ConfigError` if the metrics would be written through a link: to a file that may lie anywhere, where
+    the folder of the run came from somebody else."""
+    if path.is_symlink():
+        raise ConfigError("it is a link", where=str(path), fix="delete it, or choose another output_dir")
+
+
 def truncate_metrics(output_dir: str | Path, size: int) -> None:
     """Cuts the metrics file back to `size` bytes, its length when the checkpoint that a run goes on from was written.
 
-    What came after belongs to steps that will be done again.
+    What came after belongs to steps that will be done again. Raises `ConfigError` as `check_metrics_file`.
     """
     path = metrics_path(output_dir)
+    check_metrics_file(path)
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
 
@@ -54,8 +62,11 @@ class MetricsWriter(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.global_step == 0:
-            path = metrics_path(args.output_dir)
+        if not state.is_world_process_zero:
+            return
+        path = metrics_path(args.output_dir)
+        check_metrics_file(path)
+        if state.global_step == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
 

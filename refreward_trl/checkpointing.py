@@ -78,7 +78,7 @@ def commit(staged: Path, final: Path) -> None:
     staged.rename(final)
     _flush(final.parent)
     if retired.exists():
-        shutil.rmtree(retired)
+        _delete(retired)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -178,20 +178,28 @@ def rotate(run_folder: str | Path, limit: int | None, protected: Collection[str 
             # Hidden first: a deletion that is cut short must not leave a visible, damaged checkpoint.
             hidden = folder.with_name(folder.name.replace(CHECKPOINT_PREFIX, RETIRED_PREFIX, 1))
             folder.rename(hidden)
-            shutil.rmtree(hidden)
+            _delete(hidden)
 
 
 def remove_leftovers(run_folder: str | Path) -> None:
     """Deletes staging and retired folders that an interrupted save or rotation left behind."""
     for prefix in (STAGING_PREFIX, RETIRED_PREFIX):
         for folder in Path(run_folder).glob(f"{prefix}*"):
-            shutil.rmtree(folder)
+            _delete(folder)
 
 
 def write_durably(path: Path, text: str) -> None:
     """Writes a text file and flushes it to disk."""
     path.write_text(text, encoding="utf-8")
     _flush(path)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a folder; of a link, or a file of that name, only itself."""
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def _problem(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:

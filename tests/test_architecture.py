@@ -16,7 +16,7 @@ PACKAGE = Path(refreward_trl.__file__).parent
 # From the bottom to the top; a part may import from the layers below its own.
 LAYERS = (
     {"errors", "randomness", "signals"},
-    {"types", "resampling", "checkpointing"},
+    {"types", "resampling", "checkpointing", "model_folders"},
     {"objectives", "data", "generators", "reward_model"},
     {"rewards"},
     {"trainers", "callbacks", "evaluation", "serving"},

@@ -269,7 +269,7 @@ def read_rows(run: Path) -> list[Row]:
     path = run / ROWS_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))["after"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"there are no figures of a control run ({type(error).__name__})",
             where=str(path),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +28,10 @@ PHOTOS = Path(__file__).resolve().parents[1] / "assets" / "photos"
 
 IMAGE_COLUMNS = ("hr_image", "lr_image")
 MAX_LISTED = 10
+MOST_UNPACKED = 20
+"""Bytes that one byte of a parquet file may unpack to."""
+LARGEST_UNSEEN = 64 * 2**20
+"""Bytes that any parquet file may unpack to."""
 
 _LAYOUTS = (
     "use `hr/` and/or `lr/` subfolders with equal names, a flat folder of HR images, `lr:FOLDER` for a flat folder of "
@@ -95,15 +99,7 @@ class ImageCell:
             raise DataError("the cell is empty", where=self.where, fix="fill it, or drop the row")
         if cell["bytes"] is not None:
             return cell["bytes"]
-        root = Path(self.dataset).parent if Path(self.dataset).is_file() else Path(self.dataset)
-        if not any(
-            as_seen(cell["path"]).startswith(as_seen(root) + os.sep) for as_seen in (os.path.abspath, os.path.realpath)
-        ):
-            raise DataError(
-                f"the path {cell['path']} leads out of the dataset",
-                where=self.where,
-                fix="store the images themselves",
-            )
+        _check_path(cell["path"], self.dataset, self.where)
         return Path(cell["path"])
 
 
@@ -112,20 +108,49 @@ class OtherColumns:
     """What a row of a Hugging Face dataset holds besides the pair, or nothing."""
 
     table: Dataset | None = None
+    dataset: str = ""
     row: int = 0
 
     def read(self) -> dict[str, Any]:
         """Returns the values by column; images are decoded by `datasets`."""
         if self.table is None:
             return {}
+        where = f"{self.dataset}: row {self.row}, columns {', '.join(self.table.column_names)}"
+        # `datasets` would open any file, and fetch any address, that a cell names.
+        stored: Any = self.table.with_format("arrow")[self.row : self.row + 1]
+        for path in _paths(stored.to_pylist()):
+            _check_path(path, self.dataset, where)
         try:
             return dict(self.table[self.row])
         except (OSError, ValueError, SyntaxError, TypeError, DecompressionBombError) as error:
             raise DataError(
                 f"a column besides the pair cannot be read ({error})",
-                where=f"row {self.row}, columns {', '.join(self.table.column_names)}",
+                where=where,
                 fix="mend it, or drop the column",
             ) from error
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Yields the files that stand in for the bytes of images, sounds and the like, however deep in a cell."""
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"]:
+            yield value["path"]
+        value = list(value.values())
+    for entry in value if isinstance(value, list) else ():
+        yield from _paths(entry)
+
+
+def _check_path(path: str, dataset: str, where: str) -> None:
+    """Raises `DataError` if a cell's path leads out of its dataset. A link inside that leads out is the user's own."""
+    root = Path(dataset).parent if Path(dataset).is_file() else Path(dataset)
+    if "\0" in path or not any(
+        as_seen(path).startswith(as_seen(root) + os.sep) for as_seen in (os.path.abspath, os.path.realpath)
+    ):
+        raise DataError(
+            f"the path {path} leads out of the dataset".replace("\0", "\\0"),
+            where=where,
+            fix="store the images themselves",
+        )
 
 
 @dataclass(frozen=True)
@@ -284,7 +309,7 @@ def _huggingface_pairs(path: Path, split: str | None) -> list[PairSource]:
     absent: list[ImageCell | None] = [None] * len(table)
     hr_cells, lr_cells = (cells.get(name, absent) for name in IMAGE_COLUMNS)
     return [
-        PairSource(photo, hr_image, lr_image, OtherColumns(rest, row))
+        PairSource(photo, hr_image, lr_image, OtherColumns(rest, str(path), row))
         for row, (photo, hr_image, lr_image) in enumerate(zip(photos, hr_cells, lr_cells, strict=True))
     ]
 
@@ -322,19 +347,26 @@ def _image_cells(table: Dataset, column: str, where: str) -> list[ImageCell]:
 
 def _load_table(path: Path, split: str | None) -> Dataset:
     import datasets
+    import pyarrow
     from datasets.exceptions import DatasetsError
 
     try:
         if path.is_file() or _parquet_files(path):
             files = [path] if path.is_file() else _parquet_files(path)
+            _check_unpacked_size(files)
             loaded: Any = datasets.load_dataset("parquet", data_files=_split_files(files))
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            _check_saved_files(path)
             loaded = datasets.load_from_disk(str(path))
         else:
+            _check_unpacked_size(list(path.glob("*.parquet")))
             loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
     except IndexError as error:  # what `datasets` says of metadata that list nothing
         raise DataError("the dataset has no rows", where=str(path), fix=_LAYOUTS) from error
-    except (DatasetsError, OSError, ValueError) as error:
+    except (
+        *(DatasetsError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError),
+        pyarrow.ArrowException,
+    ) as error:
         cause = error.__cause__ or error
         raise DataError(f"the dataset cannot be read ({cause})", where=str(path), fix=_LAYOUTS) from error
     if not isinstance(loaded, dict):
@@ -343,6 +375,36 @@ def _load_table(path: Path, split: str | None) -> Dataset:
     if name not in loaded:
         raise ConfigError(f"{path} has no split {name!r}", where="split", fix=f"Splits: {', '.join(loaded)}")
     return loaded[name]
+
+
+def _check_unpacked_size(files: Sequence[Path]) -> None:
+    """Raises `DataError` for parquet files that unpack to far more than their size, which tables of images never do;
+    `datasets` unpacks them onto the disk, through the memory."""
+    import pyarrow.parquet
+
+    for file in files:
+        facts = pyarrow.parquet.read_metadata(file)
+        unpacked = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
+        if unpacked > max(LARGEST_UNSEEN, MOST_UNPACKED * file.stat().st_size):
+            raise DataError(
+                f"it unpacks from {file.stat().st_size} to {unpacked} bytes, as no table of images does",
+                where=str(file),
+                fix="write the table again without compression, if it is your own",
+            )
+
+
+def _check_saved_files(folder: Path) -> None:
+    """Raises `DataError` if a dataset of `save_to_disk` names files or splits outside its folder."""
+    splits = _saved(folder / "dataset_dict.json").get("splits", [])
+    states = [_saved(part / "state.json") for part in (folder, *(folder / str(split) for split in splits))]
+    files = [file["filename"] for state in states for file in state.get("_data_files", [])]
+    for name in (*splits, *files):
+        if "\0" in name or name != Path(name).name:
+            raise DataError(f"{name!r} leads out of the dataset", where=str(folder), fix="save the dataset again")
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _split_files(files: list[Path]) -> dict[str, list[str]]:

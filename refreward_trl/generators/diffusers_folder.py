@@ -38,6 +38,7 @@ from refreward_trl.generators.folders import (
     read_safetensors,
     write_header,
 )
+from refreward_trl.model_folders import check_index, check_size
 
 PROMPT_FILE = "prompt_embeds.safetensors"
 
@@ -133,18 +134,22 @@ def _vae_class(path: Path) -> type[AutoencoderTiny] | type[AutoencoderKL]:
 
 def _read_model(model_class: type[ModelT], folder: Path, dtype: torch.dtype) -> ModelT:
     """Stock `from_pretrained`, but strict: left alone it warns about missing weights and keeps random numbers."""
-    read_json(folder / "config.json")
+    config = folder / "config.json"
+    read_json(config)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CheckpointError("no safetensors weights", where=str(folder), fix="copy the whole generator folder again")
     for path in weights:
         check_safetensors(path)
+    check_size(config)
+    for path in folder.glob("*.index.json"):
+        check_index(path)
     try:
         with _quiet_diffusers():
             model, report = cast(Any, model_class).from_pretrained(
                 folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, SafetensorError) as error:
         raise damaged(folder, last_line(error)) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:

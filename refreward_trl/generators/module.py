@@ -138,7 +138,7 @@ class ModuleGenerator(Generator):
             if (source / "policy").is_dir():
                 _read_policy(module, source / "policy")
                 generator._freeze_all_but_policy()
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
             raise damaged(source, f"the weights do not fit the {type(module).__name__}: {last_line(error)}") from error
         return generator
 
@@ -212,8 +212,10 @@ def _read_policy(module: nn.Module, folder: Path) -> None:
     adapter = {
         name.removeprefix(PEFT_PREFIX): weight for name, weight in read_safetensors(folder / ADAPTER_FILE).items()
     }
-    inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), module, adapter_name=POLICY_ADAPTER)
-    report = set_peft_model_state_dict(module, adapter, adapter_name=POLICY_ADAPTER)
+    # Without memory for the adapter until it is known that the weights of the file fit.
+    config = LoraConfig.from_pretrained(str(folder))
+    inject_adapter_in_model(config, module, adapter_name=POLICY_ADAPTER, low_cpu_mem_usage=True)
+    report = set_peft_model_state_dict(module, adapter, adapter_name=POLICY_ADAPTER, low_cpu_mem_usage=True)
     absent = [name for name in report.missing_keys if ".lora_" in name]
     if absent or report.unexpected_keys:
         raise ValueError(f"LoRA weights of {[*absent, *report.unexpected_keys][0]} are only in one of them")

@@ -120,14 +120,21 @@ class ConvJudge(nn.Module):
             raise CheckpointError(
                 f"format version {version!r}, this package reads {FORMAT_VERSION}",
                 where=str(folder / CONFIG_FILE),
+                fix="use the version of the package that wrote it",
             )
         try:
+            if len(content["widths"]) > len(weights):
+                raise ValueError(f"{len(content['widths'])} levels, but only {len(weights)} weights")
             # Without memory for the weights until it is known that those of the file fit.
             with torch.device("meta"):
                 judge = cls(widths=content["widths"], hidden=content["hidden"])
             judge.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
         except (RuntimeError, ValueError, TypeError, LookupError, ZeroDivisionError) as error:
-            raise CheckpointError(f"weights do not fit the network ({error})", where=str(folder)) from error
+            raise CheckpointError(
+                f"weights do not fit the network ({str(error).splitlines()[-1].strip()})",
+                where=str(folder),
+                fix="copy the folder again",
+            ) from error
         return judge.float().eval().requires_grad_(False)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refreward_trl.errors import CheckpointError
+from refreward_trl.model_folders import check_index, check_size, read_object
 from refreward_trl.reward_model.conv import CONFIG_FILE as CONV_CONFIG_FILE
 from refreward_trl.reward_model.scoring import SPEC_FILE, RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
@@ -21,6 +21,9 @@ DEFAULT_JUDGE = "assets/judge"
 
 _FROM_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """No download, and no code from the folder: left alone, transformers asks on the terminal whether to run it."""
+
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError)
+"""What transformers raises where a configuration or weights are wrong."""
 
 
 def load_judge(source: str | Path, *, device: torch.device | str = "cpu", batch_size: int = 32) -> RateJudge:
@@ -50,12 +53,7 @@ def load_judge(source: str | Path, *, device: torch.device | str = "cpu", batch_
     model = _read_model(folder)
     _check_hash(model, spec, folder)
     tokenizer = _read_tokenizer(folder)
-    try:
-        judge = RateJudge(model, tokenizer, spec, batch_size=batch_size)
-    except (TemplateError, RecursionError) as error:
-        raise CheckpointError(
-            f"the chat template cannot be used ({error})", where=str(folder), fix="restore the template of the judge"
-        ) from error
+    judge = RateJudge(model, tokenizer, spec, batch_size=batch_size)
     judge.model.eval().requires_grad_(False)
     return judge.to(device)
 
@@ -72,31 +70,20 @@ def _read_spec(folder: Path) -> JudgeSpec:
 
 
 def _check_json_files(folder: Path) -> None:
-    """Refuses by name what transformers would stumble over, and an index that leads to anything but safetensors."""
+    """Refuses by name what transformers would stumble over, and what leads out of the folder."""
     for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise _damaged(path, f"not valid JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise _damaged(path, "must hold one JSON object")
+        read_object(path)
         if path.name.endswith(".index.json"):
-            shards = content.get("weight_map", {})
-            names = shards.values() if isinstance(shards, dict) else [shards]
-            for name in names:
-                if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-                    raise _damaged(path, f"{name!r} is no safetensors file of this folder")
-
-
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(what, where=str(path), fix="copy the judge folder again")
+            check_index(path)
+        if path.name == "config.json":
+            check_size(path)
 
 
 def _read_model(folder: Path) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **_FROM_HERE}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+    except (*_LOADING_ERRORS, SafetensorError, StrictDataclassError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"transformers cannot open the judge's network ({reason})",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refreward_trl.errors import CheckpointError, DataError
 from refreward_trl.resampling import upscale
+from refreward_trl.reward_model.chat_template import render_question
 from refreward_trl.reward_model.spec import JudgeSpec
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class JudgePrompt:
         spec: The judge's spec.
 
     Raises:
-        CheckpointError: No chat template, no vision placeholder, or a rating that is not one token.
+        CheckpointError: No chat template or one that cannot be used, no vision placeholder, or a rating that is not
+            one token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: JudgeSpec) -> None:
@@ -95,8 +97,8 @@ class JudgePrompt:
         self.rating_ids = [single_token_id(tokenizer, token) for token in spec.rating_tokens]
         visuals = [{"type": "video"}] if spec.layout == "clip" else [{"type": "image"}, {"type": "image"}]
         messages = [{"role": "user", "content": [*visuals, {"type": "text", "text": spec.prompt}]}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        self._ids: list[int] = tokenizer(str(text), add_special_tokens=False).input_ids
+        text = render_question(tokenizer, messages)
+        self._ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         if self._ids.count(self.placeholder_id) != len(visuals):
             raise CheckpointError(
                 f"the chat template gave {self._ids.count(self.placeholder_id)} {self.placeholder} tokens"

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from refreward_trl.errors import ConfigError
+from refreward_trl.reward_model.chat_template import OWN_TEMPLATE
 from refreward_trl.reward_model.preprocess import IMAGE_TOKEN, VIDEO_TOKEN, single_token_id
 from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
@@ -35,14 +36,6 @@ _WORDS = (
     *(str(digit) for digit in range(10)),
     *("user", "assistant", "rate", "the", "image", "against", "its", "reference"),
     *("consistency", "and", "naturalness", "better", "A", "B"),
-)
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }} "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 
 # ITU-R BT.601 luma and (unscaled) chroma axes.
@@ -64,7 +57,7 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=[t for t in _SPECIAL_TOKENS if t not in ("<|im_end|>", "<|endoftext|>", "<unk>")],
         padding_side="left",
     )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.chat_template = OWN_TEMPLATE
     return tokenizer
 
 

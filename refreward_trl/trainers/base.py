@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from refreward_trl import callbacks as our_callbacks
 from refreward_trl.data.collators import collate_pairs
-from refreward_trl.errors import ConfigError, DataError, RefRewardError, RewardError, SetupError
+from refreward_trl.errors import CheckpointError, ConfigError, DataError, RefRewardError, RewardError, SetupError
 from refreward_trl.generators import load_generator
 from refreward_trl.generators.base import Condition, Generator
 from refreward_trl.objectives.anchors import fidelity_anchor, lr_consistency_anchor, lr_drift_anchor, reference_anchor
@@ -49,6 +49,7 @@ from refreward_trl.trainers.self_check import (
     check_gradient,
     largest_gradient,
 )
+from refreward_trl.trainers.torch_files import FIX
 from refreward_trl.types import LossOutput, Metrics, RewardFunction
 
 if TYPE_CHECKING:
@@ -594,7 +595,11 @@ class AlignmentTrainer(ResumableTrainer, ABC):
                 where="ema_decay",
                 fix="resume with the settings of the run that wrote it",
             )
-        self.average.load_state_dict(safetensors.torch.load_file(path), where=str(path))
+        try:
+            weights = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"cannot be read: {error}", where=str(path), fix=FIX) from error
+        self.average.load_state_dict(weights, where=str(path))
 
     def _read_extra_state(self, folder: Path, state: dict[str, Any]) -> None:
         super()._read_extra_state(folder, state)

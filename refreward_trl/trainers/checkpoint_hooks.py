@@ -21,21 +21,26 @@ import safetensors.torch
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.utils import logging
 
 from refreward_trl import checkpointing
 from refreward_trl.errors import CheckpointError, ConfigError, RefRewardError
+from refreward_trl.model_folders import read_object
 from refreward_trl.trainers import run_folder
 from refreward_trl.trainers.checksums import digest
 from refreward_trl.trainers.preemption import PreemptibleTrainer
 from refreward_trl.trainers.sharding import is_sharded, keep_new_networks_whole, own_shards
+from refreward_trl.trainers.torch_files import FIX, check_torch_file, reading
 
 OVERRIDDEN = {
     "_save_checkpoint": ("self", "model", "trial"),
     "_save": ("self", "output_dir", "state_dict"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_load_best_model": ("self",),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_load_scaler": ("self", "checkpoint"),
+    "_load_rng_state": ("self", "checkpoint"),
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "_prepare_inputs": ("self", "inputs"),
     "_run_epoch": (
@@ -57,7 +62,6 @@ CALLED = {
     "_get_output_dir": ("self", "trial"),
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
     "_prepare_input": ("self", "data"),
-    "_load_rng_state": ("self", "checkpoint"),
     "_evaluate": ("self", "trial", "ignore_keys_for_eval", "skip_scheduler"),
     "_determine_best_metric": ("self", "metrics", "trial"),
 }
@@ -312,7 +316,9 @@ class VerifiedCheckpoints(PreemptibleTrainer):
     def _choose_checkpoint(self, policy: str) -> str | None:
         own = self._run_folder
         if policy not in ("auto", "never"):
-            self._check_manifest(Path(policy), checkpointing.verify(policy))
+            manifest = checkpointing.verify(policy)
+            self._check_states(Path(policy))
+            self._check_manifest(Path(policy), manifest)
             return policy
         if policy == "never":
             existing = checkpointing.list_checkpoints(own)
@@ -327,9 +333,27 @@ class VerifiedCheckpoints(PreemptibleTrainer):
         newest = checkpointing.newest_intact(own)
         if newest is None:
             return None
+        self._check_states(newest)
         self._check_manifest(newest, checkpointing.read_manifest(newest))
         logger.warning(f"resuming from {newest}")
         return str(newest)
+
+    def _check_states(self, folder: Path) -> None:
+        """Makes sure that what transformers will read of a checkpoint is data; what DeepSpeed keeps in a folder of
+        its own is pickled code.
+
+        Raises:
+            CheckpointError: Naming the file that is not what a run writes.
+        """
+        for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+            check_torch_file(path)
+        with reading(folder / checkpointing.MANIFEST):
+            step = checkpointing.read_manifest(folder)["step"]
+        with reading(folder / STATE_FILE):
+            state = read_object(folder / STATE_FILE)
+            if state["global_step"] != step:
+                raise ValueError(f"global_step is {state['global_step']}, the manifest says {step}")
+            TrainerState(**state)
 
     def _check_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
         if manifest.get("trainer") != type(self).__name__:
@@ -375,7 +399,7 @@ class VerifiedCheckpoints(PreemptibleTrainer):
         try:
             weights = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+            raise CheckpointError(f"cannot be read: {error}", where=str(path), fix=FIX) from error
         expected = self._changing_weights(module.state_dict())
         for name in sorted(expected.keys() ^ weights.keys()):
             raise CheckpointError(
@@ -388,6 +412,7 @@ class VerifiedCheckpoints(PreemptibleTrainer):
                 raise CheckpointError(
                     f"{name} has shape {tuple(tensor.shape)}, the model's {tuple(expected[name].shape)}",
                     where=str(path),
+                    fix="use the generator and the adapter settings of the run that wrote it",
                 )
         module.load_state_dict(weights, strict=False)
 
@@ -404,16 +429,26 @@ class VerifiedCheckpoints(PreemptibleTrainer):
 
     def _read_own_state(self, folder: Path) -> dict[str, Any]:
         path = folder / EXTRA_STATE_FILE.format(rank=self.args.process_index)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+        return read_object(path)
 
     def _load_extra_state(self, folder: Path) -> None:
         state = self._read_own_state(folder)
-        self._evaluation_due = bool(state["evaluation_due"])
         self._read_further_weights(folder)
-        self._read_extra_state(folder, state)
+        with reading(folder / EXTRA_STATE_FILE.format(rank=self.args.process_index)):
+            self._evaluation_due = bool(state["evaluation_due"])
+            self._read_extra_state(folder, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     def _from_rank_zero(self, make: Any) -> Any:
         """Returns `make()` of rank 0 on all ranks; an error of rank 0 is raised on all of them."""

@@ -25,6 +25,7 @@ from refreward_trl.trainers.base import AlignmentTrainer, eval_mode
 from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ordering import REUSED
 from refreward_trl.trainers.self_check import check_ratio, check_spread
+from refreward_trl.trainers.torch_files import FIX
 from refreward_trl.types import LossOutput
 
 LEAST_CORRECTION = 1e-3
@@ -261,7 +262,7 @@ class SRDDPOTrainer(AlignmentTrainer):
         try:
             tensors = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+            raise CheckpointError(f"cannot be read: {error}", where=str(path), fix=FIX) from error
         self._rollout_buffer = [dict(columns) for columns in state["rollout_columns"]]
         for key, tensor in tensors.items():
             number, _, name = key.partition("/")
