@@ -9,17 +9,23 @@ moved.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+from launching import MARK, kill_all
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = shutil.ignore_patterns(".venv", ".git", ".cache", "runs", "__pycache__", "*.egg-info")
 TESTS_FAILED = 1
 """Exit code of pytest; 2 and above mean that it did not get to run them."""
+HANGS = 600
+"""Seconds after which a mutant is caught by not coming to an end: ranks that do not agree wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -230,12 +236,19 @@ def is_caught(mutant: Mutant, tree: Path) -> tuple[bool, str]:
     path.write_text(source.replace(mutant.right, mutant.wrong))
     try:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
-        run = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        mark = uuid.uuid4().hex
+        environment = os.environ | {MARK: mark}
+        process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True)
+        process.mark = mark  # type: ignore[attr-defined]
+        try:
+            lines = process.communicate(timeout=HANGS)[0].strip().splitlines() or ["no output"]
+        except subprocess.TimeoutExpired:
+            kill_all(process)
+            return True, f"its tests hang for {HANGS} seconds"
     finally:
         path.write_text(source)
-    lines = run.stdout.strip().splitlines() or run.stderr.strip().splitlines() or ["no output"]
     failed = [line for line in lines if line.startswith("FAILED")]
-    return run.returncode == TESTS_FAILED, (failed or lines)[-1]
+    return process.returncode == TESTS_FAILED, (failed or lines)[-1]
 
 
 def main(names: list[str]) -> int:

@@ -265,6 +265,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability-report", help="file to write the matrix of faults to, as Markdown")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the faults of launched runs first: they take minutes, for which the other process would have to wait."""
+    items.sort(key=lambda item: not {"faults", "slow"} <= item.keywords.keys())
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     rows = session.config.stash.get(ROWS, {})
     if hasattr(session.config, "workeroutput"):  # one of several processes of pytest-xdist
@@ -294,7 +299,7 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
 ROWS = pytest.StashKey[dict[str, dict[str, Any]]]()
 REPORT = """# Reliability
 
-Written by `make faults`, which injects every fault again and counts: about 15 minutes on two quiet cores.
+Written by `make faults`, which injects every fault again and counts: about 20 minutes of computing time, shared by two processes.
 
 ## What a run promises
 
