@@ -299,7 +299,8 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
 ROWS = pytest.StashKey[dict[str, dict[str, Any]]]()
 REPORT = """# Reliability
 
-Written by `make faults`, which injects every fault again and counts: about 20 minutes of computing time, shared by two processes.
+Written by `make faults`, which injects every fault again and counts: about 20 minutes of computing time, shared by two
+processes.
 
 ## What a run promises
 
