@@ -95,19 +95,21 @@ def lr_batches(count: int, size: int, seed: int) -> Sequence[Tensor]:
     return torch.stack(lr_images).split(size)
 
 
-def measure(batches: Sequence[Tensor], candidates: int, seed: int) -> list[dict[str, Any]]:
-    """Returns one row per kind of noise."""
+def measure(
+    batches: Sequence[Tensor], candidates: int, seed: int, policies: Sequence[tuple[str, int, float]] = POLICIES
+) -> list[dict[str, Any]]:
+    """Returns one row per kind of noise: its name, cell and sigma."""
     measurement = Measurement(candidates, seed)
     generator = measurement.generator
     own: list[Tensor] = []
-    found: dict[tuple[str, int, float], list[tuple[Tensor, float]]] = {key: [] for key in POLICIES}
+    found: dict[tuple[str, int, float], list[tuple[Tensor, float]]] = {key: [] for key in policies}
     coordinates: dict[tuple[str, int, float], int] = {}
     for number, lr_image in enumerate(batches):
         cond = generator.prepare(lr_image)
         encoded = generator.encode(cond)
         mean = generator.predict(encoded, cond)
         own.append(measurement.gradient(measurement.score(measurement.image(mean, cond), lr_image).mean()))
-        for noise, cell, sigma in POLICIES:
+        for noise, cell, sigma in policies:
             direction = mean - encoded if noise == "residual" else None
             policy = generator.policy(mean, sigma=sigma, noise=noise, cell=cell, direction=direction)
             name = f"{noise}/{cell}/{sigma}/{number}"
