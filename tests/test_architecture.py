@@ -15,7 +15,7 @@ PACKAGE = Path(refreward_trl.__file__).parent
 
 # From the bottom to the top; a part may import from the layers below its own.
 LAYERS = (
-    {"errors", "randomness", "signals"},
+    {"errors", "randomness", "signals", "checksums", "torch_files"},
     {"types", "resampling", "checkpointing", "model_folders"},
     {"objectives", "data", "generators", "reward_model"},
     {"rewards"},

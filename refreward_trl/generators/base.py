@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -41,41 +41,37 @@ class Condition:
             that the latent fits the network.
         size: `(H, W)` of the SR image, before padding.
         prompt_embeds: `(b, tokens, dim)`; zero tokens where the network has no prompt.
+        pooled_embeds: `(b, pooled_dim)` of networks that take one vector more of the prompt; else None.
     """
 
     lr_image: Float[Tensor, "b 3 h w"]
     upsampled: Float[Tensor, "b 3 H W"]
     size: tuple[int, int]
     prompt_embeds: Float[Tensor, "b tokens dim"]
+    pooled_embeds: Float[Tensor, "b pooled_dim"] | None = None
 
     def __len__(self) -> int:
         return len(self.lr_image)
 
     def select(self, index: slice | Tensor) -> Condition:
         """Returns the condition of some of the samples, for micro-batches."""
-        return replace(
-            self,
-            lr_image=self.lr_image[index],
-            upsampled=self.upsampled[index],
-            prompt_embeds=self.prompt_embeds[index],
-        )
+        return self._mapped(lambda tensor: tensor[index])
 
     def repeat(self, count: int) -> Condition:
         """Returns the condition with each sample `count` times in a row: the order of the candidates of a group."""
-        return replace(
-            self,
-            lr_image=self.lr_image.repeat_interleave(count, 0),
-            upsampled=self.upsampled.repeat_interleave(count, 0),
-            prompt_embeds=self.prompt_embeds.repeat_interleave(count, 0),
-        )
+        return self._mapped(lambda tensor: tensor.repeat_interleave(count, 0))
 
     def to(self, device: torch.device | str) -> Condition:
         """Returns the condition on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Condition:
         return replace(
             self,
-            lr_image=self.lr_image.to(device),
-            upsampled=self.upsampled.to(device),
-            prompt_embeds=self.prompt_embeds.to(device),
+            lr_image=change(self.lr_image),
+            upsampled=change(self.upsampled),
+            prompt_embeds=change(self.prompt_embeds),
+            pooled_embeds=None if self.pooled_embeds is None else change(self.pooled_embeds),
         )
 
 
@@ -94,9 +90,29 @@ class Generator(ABC):
     denoiser: nn.Module
     _reference: nn.Module | None = None
 
+    @property
+    def size_multiple(self) -> int:
+        """SR pixels to a multiple of which an image is padded, and on which tiles begin: its grid of latents."""
+        return self.scale
+
+    @property
+    def color_fix(self) -> str:
+        """Which of `COLOR_FIXES` `postprocess` applies; tiles are fixed by it as a whole."""
+        return "none"
+
+    @property
+    def takes_noise(self) -> bool:
+        """Whether `predict` takes input noise."""
+        return False
+
     @abstractmethod
-    def prepare(self, lr_image: Float[Tensor, "b 3 h w"]) -> Condition:
-        """Enlarges and pads `lr_image` (float in [0, 1]) and gathers what conditions the prediction. No gradient."""
+    def prepare(self, lr_image: Float[Tensor, "b 3 h w"], prompts: Sequence[str] | None = None) -> Condition:
+        """Enlarges and pads `lr_image` (float in [0, 1]) and gathers what conditions the prediction. No gradient.
+
+        Args:
+            lr_image: The LR images.
+            prompts: One text per image, for generators with a text encoder; None takes the fixed prompt.
+        """
 
     @abstractmethod
     def encode(self, cond: Condition) -> Tensor:
@@ -144,7 +160,11 @@ class Generator(ABC):
 
     @torch.no_grad()
     def generate(
-        self, lr_image: Float[Tensor, "b 3 h w"], *, model: nn.Module | None = None
+        self,
+        lr_image: Float[Tensor, "b 3 h w"],
+        prompts: Sequence[str] | None = None,
+        *,
+        model: nn.Module | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
         """Runs the deployed path: the policy mean, decoded, colour-fixed and clamped to [0, 1].
 
@@ -152,8 +172,8 @@ class Generator(ABC):
         restored.
         """
         network = self.denoiser if model is None else model
-        cond = self.prepare(lr_image)
-        with _eval_mode(network):
+        cond = self.prepare(lr_image, prompts)
+        with eval_mode(network):
             mean = self.predict(self.encode(cond), cond, model=model)
         return self.postprocess(self.decode(mean, cond), cond).clamp(0, 1)
 
@@ -232,6 +252,9 @@ class Generator(ABC):
             with self.reference():
                 return self.predict(z, cond, noise, model=model)
         return self.predict(z, cond, noise, model=self._frozen_copy())
+
+    def check_dtype(self, dtype: torch.dtype) -> None:  # noqa: B027 (most families compute in any dtype)
+        """Raises `ConfigError` if the denoiser cannot be computed in `dtype` without spoiling its output."""
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters of the denoiser that training changes: the adapter's, or all of them."""
@@ -338,7 +361,8 @@ def floating_dtype(module: nn.Module) -> torch.dtype:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` is in eval mode."""
     training = module.training
     module.eval()
     try:

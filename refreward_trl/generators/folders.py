@@ -18,6 +18,7 @@ from refreward_trl.errors import CheckpointError
 
 FORMAT_VERSION = 1
 HEADER_FILE = "generator_config.json"
+PROMPT_FILE = "prompt_embeds.safetensors"
 
 
 def write_header(folder: Path, class_name: str, numbers: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -53,8 +53,13 @@ class ModuleGenerator(Generator):
         self.scale = scale
 
     @torch.no_grad()
-    def prepare(self, lr_image: Float[Tensor, "b 3 h w"]) -> Condition:
+    def prepare(self, lr_image: Float[Tensor, "b 3 h w"], prompts: Sequence[str] | None = None) -> Condition:
+        """See `Generator.prepare`. Raises `ConfigError` for prompts, which a plain network does not take."""
         check_lr_image(lr_image)
+        if prompts is not None:
+            raise ConfigError(
+                "a plain network takes no prompts", where="prompts", fix="leave them out, or use a latent generator"
+            )
         lr_image = lr_image.to(self.device, torch.float32)
         upsampled = upscale(lr_image, self.scale)
         return Condition(

@@ -25,10 +25,10 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.utils import logging
 
 from refreward_trl import checkpointing
+from refreward_trl.checksums import digest
 from refreward_trl.errors import CheckpointError, ConfigError, RefRewardError
 from refreward_trl.model_folders import read_object
 from refreward_trl.trainers import run_folder
-from refreward_trl.trainers.checksums import digest
 from refreward_trl.trainers.preemption import PreemptibleTrainer
 from refreward_trl.trainers.sharding import is_sharded, keep_new_networks_whole, own_shards
 from refreward_trl.trainers.torch_files import FIX, check_torch_file, reading

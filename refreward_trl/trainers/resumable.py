@@ -19,9 +19,9 @@ from transformers.trainer_utils import TrainOutput
 
 from refreward_trl import callbacks as our_callbacks
 from refreward_trl.checkpointing import MIN_KEPT
+from refreward_trl.checksums import checksums
 from refreward_trl.errors import TrainingError
 from refreward_trl.trainers.checkpoint_hooks import VerifiedCheckpoints
-from refreward_trl.trainers.checksums import checksums
 from refreward_trl.trainers.recorder import MetricRecorder
 from refreward_trl.trainers.run_folder import DISK_ERRORS, check_space, lock_run_folder, unwritable
 from refreward_trl.trainers.sharding import is_sharded

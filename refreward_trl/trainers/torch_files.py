@@ -5,33 +5,16 @@ The manifest of a checkpoint protects against damage, not against an attacker, w
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
 from refreward_trl.errors import CheckpointError
+from refreward_trl.torch_files import DAMAGED, read_torch_data
 
 FIX = "use another checkpoint of the run, from someone you trust"
-
-_WRONG = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-)
-"""What libraries raise where the content of a file is not what they have written."""
 
 
 @contextmanager
@@ -39,7 +22,7 @@ def reading(path: str | Path) -> Iterator[None]:
     """Inside, an error about the content of a file or folder becomes a `CheckpointError` that names it."""
     try:
         yield
-    except _WRONG as error:
+    except DAMAGED as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"it does not hold what a run writes ({type(error).__name__}: {reason[:200]})", where=str(path), fix=FIX
@@ -49,33 +32,8 @@ def reading(path: str | Path) -> Iterator[None]:
 def check_torch_file(path: Path) -> None:
     """Makes sure that a file is as `torch.save` writes it and holds tensors and plain values only.
 
-    Nothing of it runs: torch reads its pickle with a list of harmless types, and the numbers stay on the disk.
-
     Raises:
         CheckpointError: It holds anything else, or would take more memory than its size.
     """
-    with reading(path):
-        with zipfile.ZipFile(path) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise ValueError(f"{packed[0]} is compressed")
-        with safe_globals():
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for tensor in _tensors(content, set()):
-            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError(f"a tensor {tuple(tensor.shape)} has fewer numbers than it claims")
-
-
-def _tensors(content: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yields every tensor once, however often and deep it is held."""
-    if id(content) in seen:
-        return
-    seen.add(id(content))
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _tensors(value, seen)
-    elif isinstance(content, (list, tuple)):
-        for value in content:
-            yield from _tensors(value, seen)
+    with reading(path), safe_globals():
+        read_torch_data(path)

@@ -22,8 +22,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 
+from refreward_trl.checksums import digest
 from refreward_trl.reward_model.conv import ConvJudge
-from refreward_trl.trainers.checksums import digest
 from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer
 from refreward_trl.trainers.ref_reward_config import RefRewardConfig

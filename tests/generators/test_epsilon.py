@@ -254,7 +254,7 @@ def test_config_values_out_of_range_are_refused_by_name(field: str, value: objec
 def test_parts_that_do_not_fit_are_refused(generator: EpsLatentGenerator, kl_generator: EpsLatentGenerator) -> None:
     with pytest.raises(ConfigError, match="8 to 8 channels, latents have 4"):
         EpsLatentGenerator(generator.unet, kl_generator.vae, generator.config)
-    with pytest.raises(ConfigError, match="null prompt"):
+    with pytest.raises(ConfigError, match="the prompt has"):
         EpsLatentGenerator(generator.unet, generator.vae, generator.config, torch.zeros(1, 1, 7))
 
 

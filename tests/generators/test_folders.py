@@ -226,7 +226,7 @@ POLICY = "policy/pytorch_lora_weights.safetensors"
         (
             edit_weights("prompt_embeds.safetensors", lambda w: w.update(prompt_embeds=torch.zeros(1, 1, 5))),
             "",
-            "do not fit each other: the null prompt",
+            "do not fit each other: the prompt",
         ),
         (edit_weights("prompt_embeds.safetensors", lambda w: w.update(x=w.pop("prompt_embeds"))), "", "no tensor"),
         (remove(POLICY), POLICY, "missing"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refreward_trl.trainers.checksums import checksums, digest
+from refreward_trl.checksums import checksums, digest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 
