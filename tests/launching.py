@@ -60,7 +60,14 @@ def furnish(place: Path) -> Path:
     return place
 
 
-def started(place: Path, launch_file: str | None, *words: str, log: Path | None = None) -> subprocess.Popen:
+def started(
+    place: Path,
+    launch_file: str | None,
+    *words: str,
+    log: Path | None = None,
+    method: str = "refl",
+    recipe: str = "recipe.yaml",
+) -> subprocess.Popen:
     """Starts a run in a session of its own, by a launch file or without a launcher.
 
     Its output goes to pipes, or to the file `log`, which cannot fill up.
@@ -69,7 +76,7 @@ def started(place: Path, launch_file: str | None, *words: str, log: Path | None 
     if launch_file is not None:
         file = packaged_folder("deepspeed_configs") / launch_file
         command += ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
-    command += ["-m", "refreward_trl", "refl", "--config", "recipe.yaml", *words]
+    command += ["-m", "refreward_trl", method, "--config", recipe, *words]
     # DeepSpeed's ninja lies beside this Python, which need not be on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     mark = uuid.uuid4().hex

@@ -36,6 +36,10 @@ VAE_LAYERS = (
     *("conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out", "to_k", "to_q", "to_v", "to_out.0"),
     "quant_conv",
 )
+SD3_LAYERS = (
+    *("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj"),
+    *("proj", "linear", "proj_out"),
+)
 PARTS = ("encoder", "decoder", "others")
 
 
@@ -138,11 +142,11 @@ def write_osediff(folder: Path, *, vae_parts: Sequence[str] = ("encoder",), base
     """Writes `osediff.pkl`; with the decoder among `vae_parts` as GDPO-SR's training code does."""
     base = base or write_sd21_base(folder / "base")
     unet, vae = _unet(base), _vae(base)
-    lists = {part: _layers(unet, UNET_LAYERS, part) for part in PARTS}
+    lists = {part: layers_of(unet, UNET_LAYERS, part) for part in PARTS}
     for part in PARTS:
         _adapt(unet, f"default_{part}", lists[part])
     # As in the authors' list: several rules name the same layer.
-    vae_lists = {part: _layers(vae, VAE_LAYERS, part) for part in vae_parts}
+    vae_lists = {part: layers_of(vae, VAE_LAYERS, part) for part in vae_parts}
     for part in vae_parts:
         _adapt(vae, f"default_{part}", vae_lists[part])
     unet.set_adapter([f"default_{part}" for part in PARTS])
@@ -168,7 +172,7 @@ def write_pisa_sr(folder: Path) -> Published:
         content[f"lora_rank_unet_{level}"] = 4
         for part in PARTS:
             # Before the first adapter renames them.
-            content[f"unet_lora_{part}_modules_{level}"] = _layers(_unet(base), UNET_LAYERS, part)
+            content[f"unet_lora_{part}_modules_{level}"] = layers_of(_unet(base), UNET_LAYERS, part)
             _adapt(unet, f"default_{part}_{level}", content[f"unet_lora_{part}_modules_{level}"])
     unet.set_adapter([f"default_{part}_{level}" for level in ("pix", "sem") for part in PARTS])
     _move([parameter for name, parameter in unet.named_parameters() if "lora" in name], 3)
@@ -180,7 +184,7 @@ def write_hypir(folder: Path) -> Published:
     """Writes `HYPIR_sd2.pth`: one flat state dict, lora_alpha = rank."""
     base = write_sd21_base(folder / "base")
     unet = _unet(base)
-    layers = [name for part in PARTS for name in _layers(unet, UNET_LAYERS, part) if name != "conv_in"]
+    layers = [name for part in PARTS for name in layers_of(unet, UNET_LAYERS, part) if name != "conv_in"]
     _adapt(unet, "default", layers, rank=6, alpha=6)
     _move([parameter for name, parameter in unet.named_parameters() if "lora" in name], 4)
     state = {name: weight for name, weight in unet.state_dict().items() if "lora" in name}
@@ -192,10 +196,9 @@ def write_tsd_sr(folder: Path) -> Published:
     base = write_sd3_base(folder / "base")
     transformer = SD3Transformer2DModel.from_pretrained(base / "transformer")
     vae = _vae(base)
-    ends = ("to_k", "to_q", "to_v", "to_out.0", "proj", "linear", "proj_out")
-    layers = [name for name, module in transformer.named_modules() if name.endswith(ends) and _is_layer(module)]
+    layers = layers_of(transformer, SD3_LAYERS, "others")
     _adapt(transformer, "default", layers, rank=5, alpha=5)
-    _adapt(vae, "default", _layers(vae, VAE_LAYERS, "encoder"), rank=5, alpha=5)
+    _adapt(vae, "default", layers_of(vae, VAE_LAYERS, "encoder"), rank=5, alpha=5)
     _move([parameter for name, parameter in transformer.named_parameters() if "lora" in name], 5)
     _move([parameter for name, parameter in vae.named_parameters() if "lora" in name], 6)
     target = folder / "tsdsr"
@@ -241,7 +244,8 @@ def _vae(base: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(base / "vae")
 
 
-def _layers(network: nn.Module, ends: Sequence[str], part: str) -> list[str]:
+def layers_of(network: nn.Module, ends: Sequence[str], part: str) -> list[str]:
+    """Returns the layers of a part of a network whose names have one of these ends."""
     places = {"encoder": ("down_blocks", "conv_in"), "decoder": ("up_blocks", "conv_out")}
     if isinstance(network, AutoencoderKL):
         places = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}

@@ -38,6 +38,12 @@ def commands() -> list[list[str]]:
     return [words for words in lines if words]
 
 
+def examples() -> list[list[str]]:
+    """The commands that need files which are not here."""
+    lines = [line for block in blocks("console") for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
+
+
 def execute(block: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(block, names)
@@ -91,6 +97,20 @@ def test_recipes_and_their_overrides_are_valid(words: list[str]) -> None:
 )
 def test_the_other_commands_run(words: list[str]) -> None:
     assert app.main(words[1:]) == 0
+
+
+@pytest.mark.parametrize("words", examples(), ids=" ".join)
+def test_examples_use_flags_and_recipes_that_exist(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    start = words.index("refreward_trl" if "refreward_trl" in words else "refreward")
+    method, *rest = words[start + 1 :]
+    if "--config" in rest:
+        flags = [word for word in rest if word != "--dry-run"]
+        assert read_recipe(flags[1], method=method, flags=flags[2:]).method == method
+        return
+    with pytest.raises(SystemExit, match="0"):
+        app.main([method, "--help"])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in rest if word.startswith("--"))
 
 
 def test_make_targets_exist() -> None:

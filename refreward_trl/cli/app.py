@@ -35,6 +35,9 @@ COMMANDS = (
     Command("train", "refl", "align a generator by the gradient of a reward"),
     Command("train", "ddpo", "align a generator by policy gradient: the reward may be a black box"),
     Command("use", "score", "score super-resolved images against their low-resolution inputs"),
+    Command("use", "eval", "compare generators and folders of images, each figure with its protocol"),
+    Command("use", "upscale", "super-resolve images of any size: tiles, any scale, folders"),
+    Command("use", "export", "an aligned generator for other programs: published formats, LoRA, diffusers"),
     Command("use", "recipes", "list, show, copy or check recipes"),
     Command("use", "env", "versions to paste into a bug report"),
 )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
+    from refreward_trl.data.pairs import PairDataset
     from refreward_trl.generators.base import Generator
     from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments
     from refreward_trl.types import RewardFunction
@@ -93,6 +94,7 @@ def build_generator(arguments: GeneratorArguments, *, scale: int, seed: int, wei
     """
     from refreward_trl.generators import load_generator
 
+    check_generator_arguments(arguments)
     if arguments.generator == "new":
         from refreward_trl.generators.tiny import build_tiny_generator
 
@@ -100,7 +102,14 @@ def build_generator(arguments: GeneratorArguments, *, scale: int, seed: int, wei
     elif is_module(arguments.generator):
         generator = load_generator(arguments.generator, scale=scale, weights=weights)
     else:
-        generator = load_generator(arguments.generator, color_fix=arguments.color_fix)
+        generator = load_generator(
+            arguments.generator,
+            color_fix=arguments.color_fix,
+            family=arguments.generator_family,
+            base_model=arguments.base_model,
+            prompt=arguments.prompt,
+            prompt_embeds=arguments.prompt_embeds,
+        )
     if generator.scale != scale:
         raise ConfigError(
             f"the generator enlarges {generator.scale} times, the data {scale} times",
@@ -108,6 +117,20 @@ def build_generator(arguments: GeneratorArguments, *, scale: int, seed: int, wei
             fix=f"set scale: {generator.scale}",
         )
     return generator
+
+
+def check_generator_arguments(arguments: GeneratorArguments) -> None:
+    """Raises `ConfigError` if options of published checkpoints are set for a generator that is none."""
+    name = arguments.generator
+    if name not in ("default", "new") and not is_module(name):
+        return
+    for option in ("generator_family", "base_model", "prompt", "prompt_embeds"):
+        if getattr(arguments, option) is not None:
+            raise ConfigError(
+                f"it is set, but generator {name} is no published checkpoint",
+                where=option,
+                fix="leave it out, or set generator to the checkpoint's path",
+            )
 
 
 def is_module(source: str) -> bool:
@@ -144,25 +167,44 @@ def build_train_dataset(arguments: DataArguments, crops: CropArguments, seed: in
         augmentation=crops.augmentation,
         seed=seed,
         split=arguments.dataset_split,
+        prompts=arguments.prompts,
     )
 
 
 def build_eval_rows(arguments: DataArguments) -> list[Row]:
     """Returns the whole images by which the best checkpoint is chosen."""
-    return _whole_images(arguments.eval_dataset, arguments.eval_dataset_split, arguments)
+    return _first_rows(find_eval_pairs(arguments), arguments)
 
 
 def build_test_rows(arguments: DataArguments) -> list[Row]:
     """Returns the whole images that the summary measures on."""
+    return _first_rows(find_test_pairs(arguments), arguments)
+
+
+def find_eval_pairs(arguments: DataArguments) -> PairDataset:
+    """Finds the whole images by which the best checkpoint is chosen."""
+    return _whole_images(arguments.eval_dataset, arguments.eval_dataset_split, arguments)
+
+
+def find_test_pairs(arguments: DataArguments) -> PairDataset:
+    """Finds the whole images that the summary measures on."""
     return _whole_images(arguments.test_dataset or arguments.eval_dataset, arguments.test_dataset_split, arguments)
 
 
-def _whole_images(source: str, split: str, arguments: DataArguments) -> list[Row]:
+def _whole_images(source: str, split: str, arguments: DataArguments) -> PairDataset:
     from refreward_trl.data.pairs import load_pairs
 
-    dataset = load_pairs(
-        source, degradation=arguments.degradation, scale=arguments.scale, seed=EVALUATION_SEED, split=split
+    return load_pairs(
+        source,
+        degradation=arguments.degradation,
+        scale=arguments.scale,
+        seed=EVALUATION_SEED,
+        split=split,
+        prompts=arguments.prompts,
     )
+
+
+def _first_rows(dataset: PairDataset, arguments: DataArguments) -> list[Row]:
     # A list: each is degraded once, however often it is measured.
     return [dataset[index] for index in range(min(len(dataset), arguments.max_eval_images or len(dataset)))]
 

@@ -13,7 +13,9 @@ from refreward_trl.errors import ConfigError
 
 _WIDTH = 118
 
-GENERATOR_KEYS = ("generator", "use_peft", "lora_r", "lora_alpha")
+DRY_RUN = ("--dry-run", "--dry_run")
+
+GENERATOR_KEYS = ("generator", "base_model", "use_peft", "lora_r", "lora_alpha")
 DATA_KEYS = ("dataset", "eval_dataset", "degradation", "crop_size", "max_eval_images")
 RUN_KEYS = (
     "output_dir",
@@ -50,10 +52,11 @@ def settings(argv: Sequence[str], about: TrainingHelp) -> Recipe | None:
     """Reads the words of a training command.
 
     Returns:
-        The checked recipe, or None when help was asked for and printed.
+        The checked recipe, or None when help or a dry run was asked for and printed.
 
     Raises:
         ConfigError: Anything in the recipe or the flags is wrong.
+        RefRewardError: A dry run found something missing.
     """
     if "--help-all" in argv:
         print(_help_all(about))
@@ -61,8 +64,15 @@ def settings(argv: Sequence[str], about: TrainingHelp) -> Recipe | None:
     if not argv or "-h" in argv or "--help" in argv:
         print(_help(about))
         return None
-    source, flags = _take_config(argv, about)
-    return read_recipe(source, method=about.method, flags=flags)
+    dry_run = any(word in DRY_RUN for word in argv)
+    source, flags = _take_config([word for word in argv if word not in DRY_RUN], about)
+    recipe = read_recipe(source, method=about.method, flags=flags)
+    if not dry_run:
+        return recipe
+    from refreward_trl.cli.dry_run import show_plan
+
+    show_plan(recipe)
+    return None
 
 
 def _take_config(argv: Sequence[str], about: TrainingHelp) -> tuple[str | None, list[str]]:
@@ -94,6 +104,7 @@ def _help(about: TrainingHelp) -> str:
         "",
         f"  {'--config RECIPE':<36} a .yaml file, or a packaged recipe such as tiny/{about.method}",
         f"  {'--key value':<36} overrides the recipe; lists and mappings as JSON; the same keys as in the recipe",
+        f"  {'--dry-run':<36} look for everything that the recipe names; load, download and train nothing",
         f"  {'--help-all':<36} every key ({len(keys)} in all)",
         f"  {'--debug':<36} show the traceback of an error",
     ]

@@ -111,6 +111,24 @@ def read_size(
     return _open(file, name, peek)
 
 
+def open_strictly(path: Path, use: Callable[[Image.Image], T], *, max_pixels: int = MAX_PIXELS) -> T:
+    """Opens an image file and returns `use(image)`, for those who need more than `read_image` returns.
+
+    Raises:
+        DataError: The file is missing, empty, truncated, no image, too large or animated, or `use` found it damaged.
+    """
+    where = str(path)
+    _check_file(path)
+
+    def checked(image: Image.Image) -> T:
+        _check_size(image, where, max_pixels)
+        _check_frames(image, where)
+        _check_strips(image, where)
+        return use(image)
+
+    return _open(path, where, checked)
+
+
 def from_pil(image: Image.Image, *, where: str = "PIL image", max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 H W"]:
     """Converts a PIL image to uint8 `(3, H, W)` with the same rules and refusals as `read_image`."""
     _refuse_truncated_loading()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from refreward_trl.data.augmentation import draw_zoom, recolour, resize_crop
 from refreward_trl.data.degradations import DegradationPreset, degrade, get_preset
 from refreward_trl.data.images import to_float, to_uint8
+from refreward_trl.data.prompts import read_prompts
 from refreward_trl.data.sources import ImageSource, PairSource, find_pairs, report_problems
 from refreward_trl.errors import ConfigError, DataError
 from refreward_trl.randomness import stateless_generator
@@ -32,6 +34,7 @@ def load_pairs(
     seed: int = 0,
     split: str | None = None,
     augmentation: Augmentation = "flips",
+    prompts: str | None = None,
 ) -> PairDataset:
     """Finds, checks and wraps the pairs of a source.
 
@@ -49,6 +52,7 @@ def load_pairs(
             folder: the subfolder of that name if there is one, else the whole folder. None: train, or the first split.
         augmentation: Of crops: "flips" and quarter turns, "strong" (also zoomed and recoloured, for few photos; the LR
             images must be made on the fly), or "none".
+        prompts: Where the column `prompt` comes from, see `data.prompts.read_prompts`; None leaves it to the source.
 
     Returns:
         The dataset. All headers have been checked, and all pixels too when they fit into `MAX_CACHE_BYTES`.
@@ -57,8 +61,9 @@ def load_pairs(
         ConfigError: An argument cannot work.
         DataError: Images are missing, unreadable or of sizes that do not fit; the first ten are named and all counted.
     """
+    pairs = find_pairs(source, split)
     return PairDataset(
-        find_pairs(source, split),
+        pairs,
         name=str(source),
         degradation=get_preset(degradation),
         scale=scale,
@@ -66,6 +71,7 @@ def load_pairs(
         crops_per_image=crops_per_image,
         seed=seed,
         augmentation=augmentation,
+        prompts=None if prompts is None else read_prompts(prompts, pairs),
     )
 
 
@@ -111,6 +117,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         crops_per_image: int,
         seed: int,
         augmentation: Augmentation,
+        prompts: Mapping[str, str] | None = None,
     ) -> None:
         _check_arguments(scale, crop_size, crops_per_image, augmentation)
         if augmentation == "strong" and any(pair.lr_image is not None for pair in pairs):
@@ -125,6 +132,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.crops_per_image = crops_per_image
         self.seed = seed
         self.augmentation = augmentation
+        self.prompts = prompts
         self.photos = [pair.photo for pair in pairs]
         self.has_hr = pairs[0].hr_image is not None
         self._pairs = pairs
@@ -149,7 +157,8 @@ class PairDataset(Dataset[dict[str, Any]]):
             lr_image = degrade(to_float(images["hr_image"]), self.degradation, generator=generator, scale=self.scale)
             images = {"lr_image": to_uint8(lr_image), **images}
         sample_id = pair.photo if self.crop_size is None else f"{pair.photo}@{draw}"
-        return {"sample_id": sample_id, **images, **pair.others.read()}
+        prompt = {} if self.prompts is None else {"prompt": self.prompts[pair.photo]}
+        return {"sample_id": sample_id, **images, **pair.others.read(), **prompt}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the pixels behind: a worker process decodes what it needs."""

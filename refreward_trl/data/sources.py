@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -188,19 +188,26 @@ def find_pairs(source: str | Path, split: str | None) -> list[PairSource]:
     return _flat_folder(path, is_lr=kind == "lr")
 
 
-def report_problems(problems: Sequence[DataError], checked: int, where: str) -> None:
-    """Raises one DataError that lists the first problems and counts all; returns when there are none."""
-    if not problems:
-        return
-    lines = [f"\n  {problem.where}: {problem.what}" for problem in problems[:MAX_LISTED]]
-    if len(problems) > MAX_LISTED:
-        lines.append(f"\n  ... and {len(problems) - MAX_LISTED} more")
-    fixes = dict.fromkeys(problem.fix for problem in problems if problem.fix)
-    raise DataError(
-        f"{len(problems)} of {checked} entries cannot be used:{''.join(lines)}",
-        where=where,
-        fix="; ".join(list(fixes)[:3]) or None,
-    )
+class DataProblems(DataError):
+    """Several things that are wrong with a source; `problems` has all of them, also those that are not listed."""
+
+    def __init__(self, problems: Sequence[DataError], checked: int, where: str, listed: int) -> None:
+        self.problems = list(problems)
+        lines = [f"\n  {problem.where}: {problem.what}" for problem in problems[:listed]]
+        if len(problems) > listed:
+            lines.append(f"\n  ... and {len(problems) - listed} more")
+        fixes = dict.fromkeys(problem.fix for problem in problems if problem.fix)
+        super().__init__(
+            f"{len(problems)} of {checked} entries cannot be used:{''.join(lines)}",
+            where=where,
+            fix="; ".join(list(fixes)[:3]) or None,
+        )
+
+
+def report_problems(problems: Sequence[DataError], checked: int, where: str, *, listed: int = MAX_LISTED) -> None:
+    """Raises one error that lists the first problems and counts all; returns when there are none."""
+    if problems:
+        raise DataProblems(problems, checked, where, listed)
 
 
 def default_photos(split: str) -> list[Path]:
@@ -235,33 +242,72 @@ def _paired_folder(folder: Path) -> list[PairSource]:
         side, images = next(iter(sides.items()))
         files = [(name, ImageFile(path)) for name, path in images.items()]
         return [PairSource(n, f if side == "hr" else None, f if side == "lr" else None) for n, f in files]
-    problems = [
-        DataError(
-            f"no image of this name in {folder / other}", where=str(path), fix="add the other image, or remove it"
-        )
-        for side, other in (("hr", "lr"), ("lr", "hr"))
-        for name, path in sides[side].items()
-        if name not in sides[other]
-    ]
+    problems = missing_partners(sides["hr"], sides["lr"], folder / "hr", folder / "lr")
     report_problems(problems, sum(map(len, sides.values())), str(folder))
     hr, lr = sides["hr"], sides["lr"]
     return [PairSource(name, ImageFile(hr[name]), ImageFile(lr[name])) for name in hr]
 
 
+def pair_folders(lr: Path, hr: Path | None) -> tuple[list[PairSource], list[DataError]]:
+    """Pairs the images of two folders by their names, for a caller that goes on to look for more that is wrong.
+
+    Args:
+        lr: Folder of LR images.
+        hr: Folder of HR images, or None.
+
+    Returns:
+        The photos that have all their images, in the order of their names, and everything that is wrong.
+    """
+    lr_files, problems = images_by_name(lr)
+    if hr is None:
+        return [PairSource(name, None, ImageFile(path)) for name, path in lr_files.items()], problems
+    hr_files, found = images_by_name(hr)
+    problems += found
+    if lr_files and hr_files:
+        problems += missing_partners(hr_files, lr_files, hr, lr)
+    whole = [name for name in lr_files if name in hr_files]
+    return [PairSource(name, ImageFile(hr_files[name]), ImageFile(lr_files[name])) for name in whole], problems
+
+
+def missing_partners(
+    first: Mapping[str, Path], second: Mapping[str, Path], first_folder: Path, second_folder: Path
+) -> list[DataError]:
+    """Names the images of either folder that the other has no image of the same name for."""
+    return [
+        DataError(f"no image of this name in {other}", where=str(path), fix="add the other image, or remove it")
+        for files, partners, other in ((first, second, second_folder), (second, first, first_folder))
+        for name, path in files.items()
+        if name not in partners
+    ]
+
+
 def _images_by_name(folder: Path, *, recursive: bool = True) -> dict[str, Path]:
     """Returns the images of a folder by relative path without suffix, which must be unique."""
+    list_images(folder)  # a folder that is not there is an error of its own
+    images, problems = images_by_name(folder, recursive=recursive)
+    if not images:
+        raise DataError("the folder holds no images", where=str(folder), fix=_LAYOUTS)
+    report_problems(problems, len(images) + len(problems), str(folder))
+    return images
+
+
+def images_by_name(folder: Path, *, recursive: bool = True) -> tuple[dict[str, Path], list[DataError]]:
+    """Returns the images of a folder by relative path without suffix, and what is wrong with the folder: it is not
+    there, it is empty, or names repeat."""
+    try:
+        paths = list_images(folder, recursive=recursive)
+    except DataError as error:
+        return {}, [error]
     images: dict[str, Path] = {}
     problems: list[DataError] = []
-    paths = list_images(folder, recursive=recursive)
     for path in paths:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in images:
             problems.append(DataError(f"same name as {images[name].name}", where=str(path), fix="rename one of them"))
         images.setdefault(name, path)
-    report_problems(problems, len(paths), str(folder))
     if not images:
-        raise DataError("the folder holds no images", where=str(folder), fix=_LAYOUTS)
-    return images
+        problems.append(DataError("the folder holds no images", where=str(folder), fix="name a folder of images"))
+    return images, problems
 
 
 def _is_huggingface(path: Path) -> bool:

@@ -134,8 +134,13 @@ def telling_photos(
         `(photo, remark)` without repeats; a photo picked twice carries both remarks.
     """
     gains = dict(zip(result.photos, result.changes(result.reward_column).tolist(), strict=True))
-    scored = {photo: gain for photo, gain in gains.items() if not isnan(gain)}
     moved = {photo: (after[photo] - before[photo]).abs().mean().item() for photo in result.photos}
+    return pick_telling(gains, moved)
+
+
+def pick_telling(gains: Mapping[str, float], moved: Mapping[str, float]) -> list[tuple[str, str]]:
+    """`telling_photos` by each photo's gain (NaN: not scored) and by how far its pixels moved."""
+    scored = {photo: gain for photo, gain in gains.items() if not isnan(gain)}
     picks = {"most changed": max(moved, key=moved.__getitem__)}
     if scored:
         picks = {

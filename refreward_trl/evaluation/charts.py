@@ -64,18 +64,20 @@ class Line:
 
     Attributes:
         label: Name in the legend.
-        x: Positions, ascending.
+        x: Positions, in the order in which the points are joined.
         y: Values.
+        names: What each point is called, written beside it; empty where the position says it all.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class LineChart:
-    """Curves over training steps.
+    """Curves over training steps, or over models where the points have names.
 
     Attributes:
         title: Headline of the chart.
@@ -108,6 +110,19 @@ class LineChart:
     def points(self, line: Line) -> list[tuple[float, float]]:
         """Finite points of a curve in percent, y downwards."""
         return [point for run in self._runs(line) for point in run]
+
+    @property
+    def captions(self) -> list[tuple[float, float, str]]:
+        """Where the names of finite points belong: percent from the left and from the bottom, and the name, once each
+        where curves meet."""
+        across, down = self.x_axis, self.y_axis
+        places = [
+            (across.place(x), down.place(y), name)
+            for line in self.lines
+            for x, y, name in zip(line.x, line.y, line.names, strict=bool(line.names))
+            if isfinite(y)
+        ]
+        return list(dict.fromkeys(places))
 
     def path(self, line: Line) -> str:
         """The curve as SVG path data; a point between two gaps becomes a dot."""

@@ -71,7 +71,7 @@ def evaluate_generator(
         `hr_psnr` in dB and `ssim` where the dataset has HR images.
     """
     return evaluate_upscaler(
-        lambda lr_image, _: generator.generate(lr_image, model=model),
+        lambda lr_image, row: generator.generate(lr_image, _prompts(generator, row), model=model),
         dataset,
         rewards,
         device=generator.device,
@@ -269,6 +269,10 @@ def mean_of(rows: Sequence[Row], name: str) -> float:
     return fmean(scored) if scored else nan
 
 
+def _prompts(generator: Generator, row: Row) -> list[str] | None:
+    return [row["prompt"]] if generator.takes_prompts and "prompt" in row else None
+
+
 class _Rows(Sequence):
     """A dataset as a sequence whose rows are built when their turn comes, so that a progress bar counts that too."""
 
@@ -285,12 +289,24 @@ class _Rows(Sequence):
 
 
 @torch.no_grad()
+def super_resolve(
+    upscaler: Upscaler, row: Row, device: torch.device
+) -> tuple[Float[Tensor, "1 3 h w"], Float[Tensor, "1 3 H W"], int]:
+    """Returns a row's LR image, its SR image as an 8-bit file would hold it, both in [0, 1], and the factor between.
+
+    Raises:
+        DataError: The SR image is no multiple of its LR image, or holds NaN.
+    """
+    lr_image = to_float(row["lr_image"])[None].to(device)
+    sr_image = to_float(to_uint8(upscaler(lr_image, row)))
+    return lr_image, sr_image, scale_between(lr_image[0], sr_image[0], where=f"sample {row['sample_id']!r}")
+
+
+@torch.no_grad()
 def _measure(
     upscaler: Upscaler, row: Row, rewards: Mapping[str, RewardFunction], device: torch.device, keep: Keep | None
 ) -> Row:
-    lr_image = to_float(row["lr_image"])[None].to(device)
-    sr_image = to_float(to_uint8(upscaler(lr_image, row)))
-    scale = scale_between(lr_image[0], sr_image[0], where=f"sample {row['sample_id']!r}")
+    lr_image, sr_image, scale = super_resolve(upscaler, row, device)
     if keep is not None:
         keep(row["sample_id"], sr_image[0])
     figures: Row = {"sample_id": row["sample_id"]}

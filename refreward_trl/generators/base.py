@@ -105,6 +105,11 @@ class Generator(ABC):
         """Whether `predict` takes input noise."""
         return False
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether `prepare` takes a text for each image."""
+        return False
+
     @abstractmethod
     def prepare(self, lr_image: Float[Tensor, "b 3 h w"], prompts: Sequence[str] | None = None) -> Condition:
         """Enlarges and pads `lr_image` (float in [0, 1]) and gathers what conditions the prediction. No gradient.

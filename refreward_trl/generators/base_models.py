@@ -29,14 +29,11 @@ def find_base_model(base: BaseModel, wanted: str | None) -> Path:
         CheckpointError: A local folder is no diffusers model.
         SetupError: No source has it; the message lists what each answered.
     """
-    if wanted is not None and Path(wanted).is_dir():
-        return Path(wanted)
-    sources = base.sources if wanted is None else (wanted,)
-    found = next((folder for source in sources if (folder := _cached(source)) is not None), None)
+    found = locate_base_model(base, wanted)
     if found is not None:
         return found
     answers = []
-    for source in sources:
+    for source in _sources(base, wanted):
         folder, answer = _download(source)
         if folder is not None:
             return folder
@@ -46,6 +43,17 @@ def find_base_model(base: BaseModel, wanted: str | None) -> Path:
         where="base_model",
         fix=f"give base_model: a folder with unet/ (or transformer/), vae/ and scheduler/. {base.note}",
     )
+
+
+def locate_base_model(base: BaseModel, wanted: str | None) -> Path | None:
+    """Returns the folder of a base model if it is on this disk, as `find_base_model` would; downloads nothing."""
+    if wanted is not None and Path(wanted).is_dir():
+        return Path(wanted)
+    return next((folder for source in _sources(base, wanted) if (folder := _cached(source)) is not None), None)
+
+
+def _sources(base: BaseModel, wanted: str | None) -> tuple[str, ...]:
+    return base.sources if wanted is None else (wanted,)
 
 
 def base_model_of(origin: Origin) -> Path:

@@ -42,6 +42,7 @@ class Family:
         base: What it builds on.
         numbers: Fields of the generator's config; the latent scale comes from the base's VAE.
         license: Of the authors' code and weights.
+        source: Where the checkpoint can be had.
         prompt: The fixed prompt unless another is given; None where the checkpoint brings embeddings.
         note: What differs from the authors' own pipeline, or a limit of the licence.
     """
@@ -52,6 +53,7 @@ class Family:
     base: BaseModel
     numbers: Mapping[str, Any]
     license: str
+    source: str
     prompt: str | None = ""
     note: str = ""
 
@@ -85,6 +87,7 @@ FAMILIES: Mapping[str, Family] = {
             base=SD21_BASE,
             numbers={"t_net": 999, "t_coeff": 999, "input_scaling": "none", "color_fix": "adain"},
             license="Apache-2.0",
+            source="github.com/cswry/OSEDiff, preset/models/osediff.pkl",
             note="its authors prompt with tags of a RAM/DAPE tagger, which is not part of this package: give tags as"
             " prompts, or run it with the fixed prompt",
         ),
@@ -102,6 +105,7 @@ FAMILIES: Mapping[str, Family] = {
                 "color_fix": "adain",
             },
             license="Apache-2.0 by its README, without a licence file",
+            source="the hub, Joypop/GDPO (folders unet/ and vae/)",
             prompt="clean, high-resolution, 8k",
             note="its authors put the tags of a RAM/DAPE tagger before the fixed prompt",
         ),
@@ -112,6 +116,7 @@ FAMILIES: Mapping[str, Family] = {
             base=SD21_BASE,
             numbers={"t_net": 1, "color_fix": "adain"},
             license="Apache-2.0 by its README, without a licence file",
+            source="the links in the README of github.com/csslc/PiSA-SR",
         ),
         Family(
             name="hypir",
@@ -120,6 +125,7 @@ FAMILIES: Mapping[str, Family] = {
             base=SD21_BASE,
             numbers={"t_net": 200, "t_coeff": 200, "input_scaling": "none", "color_fix": "wavelet"},
             license="non-commercial (SupPixel)",
+            source="the hub, lxq007/HYPIR, HYPIR_sd2.pth",
             note="the weights may not be used commercially",
         ),
         Family(
@@ -130,6 +136,7 @@ FAMILIES: Mapping[str, Family] = {
             # The checkpoint was trained without the shift of its VAE, and breaks with it.
             numbers={"t_net": 1000.0, "latent_shift": 0.0, "color_fix": "wavelet"},
             license="Apache-2.0; its base under the Stability Community License",
+            source="the links in the README of github.com/Microtreei/TSD-SR (a folder with transformer.safetensors)",
             prompt=None,
         ),
     )

@@ -145,6 +145,10 @@ class LatentGenerator(Generator):
         return self.config.color_fix
 
     @property
+    def takes_prompts(self) -> bool:
+        return self.prompt_encoder is not None
+
+    @property
     def prompt_embeds(self) -> Float[Tensor, "1 tokens dim"]:
         """Embeddings of the fixed prompt."""
         return self.prompt.embeds

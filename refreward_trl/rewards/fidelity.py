@@ -23,7 +23,7 @@ SSIM_SIGMA = 1.5
 
 
 def image_psnr(
-    image: Float[Tensor, "b 3 H W"], target: Float[Tensor, "b 3 H W"], *, cap: float = 100.0
+    image: Float[Tensor, "b c H W"], target: Float[Tensor, "b c H W"], *, cap: float = 100.0
 ) -> Float[Tensor, " b"]:
     """Peak signal-to-noise ratio in dB of images in [0, 1], over all pixels and channels.
 
@@ -40,11 +40,11 @@ def image_psnr(
     return -10 * torch.log10(error + 10 ** (-cap / 10))
 
 
-def image_ssim(image: Float[Tensor, "b 3 H W"], target: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
+def image_ssim(image: Float[Tensor, "b c H W"], target: Float[Tensor, "b c H W"]) -> Float[Tensor, " b"]:
     """Structural similarity (Wang et al. 2004) of images in [0, 1].
 
     11x11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, population covariance, only windows that lie wholly
-    inside the image; the mean over positions and the three RGB channels. `skimage.metrics.structural_similarity` with
+    inside the image; the mean over positions and channels. `skimage.metrics.structural_similarity` with
     `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=0` gives the same.
 
     Args:

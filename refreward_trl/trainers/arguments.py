@@ -15,7 +15,23 @@ class GeneratorArguments:
 
     generator: str = field(
         default="default",
-        metadata={"help": "'default', 'new' (untrained), a folder, or package.module:attribute"},
+        metadata={
+            "help": "'default', 'new' (untrained), a folder, a published checkpoint, or package.module:attribute"
+        },
+    )
+    generator_family: Literal["osediff", "naosd", "pisa_sr", "hypir", "tsd_sr"] | None = field(
+        default=None,
+        metadata={"help": "family of a published checkpoint; null reads it from the file, which merged folders need"},
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "folder or hub id of a published checkpoint's base model; null tries the known mirrors"},
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "fixed prompt of a published checkpoint; null takes its family's"}
+    )
+    prompt_embeds: str | None = field(
+        default=None, metadata={"help": "file of the fixed prompt's embeddings, so that no text encoder is needed"}
     )
     color_fix: Literal["none", "adain", "wavelet"] | None = field(
         default=None, metadata={"help": "colour fix of the deployed path; null keeps the generator's own"}
@@ -50,6 +66,13 @@ class DataArguments:
     test_dataset_split: str = field(default="test", metadata={"help": "split of the summary's images"})
     degradation: Literal["realesrgan", "seesr", "stablesr", "bicubic"] = field(
         default="seesr", metadata={"help": "what makes the LR images where there are none"}
+    )
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "a prompt for each photo: 'sidecar' (.txt files beside the images), a CSV or JSON file, or the "
+            "dotted path of a function of the photo's name; null takes the generator's fixed prompt"
+        },
     )
     scale: int = field(default=4, metadata={"help": "HR size over LR size"})
     crop_size: int = field(default=128, metadata={"help": "side of the training crops in HR pixels"})

@@ -69,7 +69,8 @@ class AlignmentTrainer(ResumableTrainer, ABC):
     """Trains a one-step SR generator. Subclasses write `objective`, and where they need to the other two hooks.
 
     Promised to subclasses: the hooks `rollout`, `objective` and `evaluate_batch`; the services `reference()`,
-    `record(metrics)`, `score(images, batch)`, `anchor(image, batch)` and `add_reference(batch, z, cond)`; the
+    `record(metrics)`, `condition(batch)`, `score(images, batch)`, `anchor(image, batch)` and
+    `add_reference(batch, z, cond)`; the
     attributes `generator`, `reward_funcs` and `heldout_rewards`; the constructor's keywords.
 
     Images arrive in every hook as float32 in [0, 1] on the device: `batch["lr_image"]` `(B, 3, h, w)` and, where the
@@ -112,7 +113,9 @@ class AlignmentTrainer(ResumableTrainer, ABC):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = self.config_class() if args is None else args
+        model_dtype = torch.bfloat16 if args.bf16 else torch.float32
         self.generator = load_generator(model) if isinstance(model, str) else model
+        self.generator.check_dtype(model_dtype)
         self.reward_funcs, self.reward_names, self.reward_weights = _read_rewards(reward_funcs, reward_weights)
         self.heldout_rewards, self.heldout_names, _ = _read_rewards(heldout_rewards, None)
         network = self._network_to_train(args, peft_config)
@@ -162,7 +165,7 @@ class AlignmentTrainer(ResumableTrainer, ABC):
         Returns:
             `reward`, `rewards/<name>`, `heldout/<name>`, `lr_psnr` and, with HR images, `hr_psnr` and `ssim`.
         """
-        image = self.generator.generate(batch["lr_image"], model=model)
+        image = self.generator.generate(batch["lr_image"], self._prompts(batch), model=model)
         metrics = _fidelity(image, batch, self.generator.scale)
         if self.reward_funcs:
             table = self.score(image, batch)
@@ -216,6 +219,10 @@ class AlignmentTrainer(ResumableTrainer, ABC):
             distance = lr_consistency_anchor(image, batch["lr_image"])
         self.record({"anchor": distance})
         return self.args.anchor_weight * distance
+
+    def condition(self, batch: Mapping[str, Any]) -> Condition:
+        """Returns what conditions the prediction: LR images, and the column `prompt` for generators that read text."""
+        return self.generator.prepare(batch["lr_image"], self._prompts(batch))
 
     def add_reference(self, batch: dict[str, Any], z: Tensor, cond: Condition) -> None:
         """Puts the frozen policy's latent and clamped image into the batch, if the configuration needs them."""
@@ -387,6 +394,9 @@ class AlignmentTrainer(ResumableTrainer, ABC):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     # Inside
+
+    def _prompts(self, batch: Mapping[str, Any]) -> Sequence[str] | None:
+        return batch.get("prompt") if self.generator.takes_prompts else None
 
     def _network_to_train(self, args: AlignmentConfig, peft_config: LoraConfig | None) -> nn.Module:
         """Freezes and unfreezes the generator's parts and returns the module that the Trainer prepares."""

@@ -61,7 +61,7 @@ class SRDDPOTrainer(AlignmentTrainer):
         Adds `encoded`, `candidates` `(B * K, c, h, w)`, `old_log_prob` `(B * K,)`, `rewards` `(B, K)`, with noise
         "residual" `noise_direction`, and the reference where needed.
         """
-        cond = self.generator.prepare(batch["lr_image"])
+        cond = self.condition(batch)
         batch["encoded"] = self.generator.encode(cond)
         # The deployed mode, so that what is rewarded is what is deployed; the self-check makes sure that training
         # predicts the same.
@@ -80,7 +80,7 @@ class SRDDPOTrainer(AlignmentTrainer):
         return batch
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
-        cond = self.generator.prepare(batch["lr_image"])
+        cond = self.condition(batch)
         mean = self.generator.predict(batch["encoded"], cond, model=model)
         policy = self._policy(mean, batch)
         log_prob = policy.log_prob(batch["candidates"], self.args.log_prob_reduction)
@@ -200,7 +200,7 @@ class SRDDPOTrainer(AlignmentTrainer):
 
     def _check_first_batch(self, model: nn.Module, batch: dict[str, Any]) -> None:
         with torch.no_grad():
-            cond = self.generator.prepare(batch["lr_image"])
+            cond = self.condition(batch)
             again = self._reward(batch["candidates"], cond, batch).total.view_as(batch["rewards"])
             mean = self.generator.predict(batch["encoded"], cond, model=model)
             log_prob = self._policy(mean, batch).log_prob(batch["candidates"], self.args.log_prob_reduction)

@@ -73,7 +73,7 @@ class SRFinetuneTrainer(AlignmentTrainer):
     def rollout(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self.args.train_part == "vae":
             return self._with_jitter(batch)
-        cond = self.generator.prepare(batch["lr_image"])
+        cond = self.condition(batch)
         batch["encoded"] = self.generator.encode(cond)
         if self.args.latent_weight:
             batch["hr_latent"] = self._latent_generator().encode_image(batch["hr_image"])
@@ -84,7 +84,7 @@ class SRFinetuneTrainer(AlignmentTrainer):
         if self.args.train_part == "vae":
             decoded = model(batch["images"], batch["jitter"])
             return self._image_loss(decoded, batch["images"])
-        cond = self.generator.prepare(batch["lr_image"])
+        cond = self.condition(batch)
         mean = self.generator.predict(batch["encoded"], cond, model=model)
         image = self.generator.postprocess(self.generator.decode(mean, cond), cond)
         output = self._image_loss(image, batch["hr_image"])

@@ -28,13 +28,13 @@ class SRReFLTrainer(AlignmentTrainer):
     args: SRReFLConfig
 
     def rollout(self, batch: dict[str, Any]) -> dict[str, Any]:
-        cond = self.generator.prepare(batch["lr_image"])
+        cond = self.condition(batch)
         batch["encoded"] = self.generator.encode(cond)
         self.add_reference(batch, batch["encoded"], cond)
         return batch
 
     def objective(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
-        cond = self.generator.prepare(batch["lr_image"])
+        cond = self.condition(batch)
         mean = self.generator.predict(batch["encoded"], cond, model=model)
         image = self.generator.decode(mean, cond, checkpoint=self.args.checkpoint_decode)
         image = straight_through_clamp(self.generator.postprocess(image, cond))

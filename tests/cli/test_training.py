@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import published_models
 import pytest
 import torch
 
@@ -174,9 +175,30 @@ def test_several_cpu_processes_talk_over_gloo(environment, expected, monkeypatch
     assert launch_settings() == expected
 
 
+NETWORK_FILE = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.PixelShuffle(4))
+"""
+
+
+def own_generator(values: dict, folder: Path, monkeypatch) -> list[str]:
+    """Returns the flags that put a generator of a few thousand parameters in the place of a recipe's own."""
+    source, family = values.get("generator", "default"), values.get("generator_family")
+    if family is not None:
+        made = published_models.WRITERS[family](folder)
+        return ["--generator", str(made.path), "--base_model", str(made.base)]
+    if ":" in source:
+        (folder / "my_network.py").write_text(NETWORK_FILE)
+        monkeypatch.syspath_prepend(folder)
+        return []
+    return [] if source in ("default", "new") else ["--generator", "generator"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_packaged_recipe_runs_two_steps(place, run, name):
+def test_every_packaged_recipe_runs_two_steps(place, run, name, tmp_path, monkeypatch):
     recipe = read_recipe(name)
     words = [
         "--crop_size",
@@ -192,8 +214,7 @@ def test_every_packaged_recipe_runs_two_steps(place, run, name):
     ]
     words += ["--save_strategy", "steps"] if recipe.values.get("load_best_model_at_end") else []
     words += ["--eval_strategy", "steps"]
-    if recipe.values.get("generator", "default") not in ("default", "new"):
-        words += ["--generator", "generator"]
+    words += own_generator(recipe.values, tmp_path, monkeypatch)
     if recipe.method == "rm":
         words += ["--max_groups", "4", "--eval_groups", "1", "--test_pairs", "2"]
     if teachers := recipe.values.get("teachers"):

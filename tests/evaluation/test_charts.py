@@ -51,6 +51,15 @@ def test_curve_breaks_at_missing_values_and_runs_upwards() -> None:
     assert chart.dots(line).count("M") == 4
 
 
+def test_points_keep_their_names_and_the_order_in_which_they_are_joined() -> None:
+    line = Line("reward", [0, 2, -2, 1], [0.0, 4.0, 2.0, nan], names=["before", "after", "hacked", "broken"])
+    other = Line("held-out", [0, 2], [0.0, 2.0], names=["before", "after"])
+    chart = LineChart("t", [line, other, Line("plain", [0, 1], [0.0, 1.0])])
+    assert chart.path(line) == "M50.00 100.00 L100.00 0.00 L0.00 50.00"
+    named = [(50.0, 0.0, "before"), (100.0, 100.0, "after"), (0.0, 50.0, "hacked"), (100.0, 50.0, "after")]
+    assert chart.captions == named
+
+
 def test_a_chart_without_values_still_draws() -> None:
     line = Line("reward", [0, 1], [nan, nan])
     assert LineChart("t", [line]).path(line) == ""

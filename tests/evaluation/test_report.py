@@ -78,7 +78,7 @@ def full_report(text: str = "plain") -> Report:
         Gallery(text, [comparison(text), comparison(text, hr=False)], text, text),
         LineChart(
             text,
-            [Line(text, [0, 1, 2], [1.0, float("nan"), 3.0]), Line("b", [0, 2], [1.0, 2.0])],
+            [Line(text, [0, 1, 2], [1.0, float("nan"), 3.0], [text, "b", "c"]), Line("b", [0, 2], [1.0, 2.0])],
             unit=text,
             note=text,
         ),

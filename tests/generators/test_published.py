@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import published_models as fixtures
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -22,7 +23,6 @@ from refreward_trl.generators import load_generator
 from refreward_trl.generators.latent import LatentGenerator
 from refreward_trl.generators.published import load_published, write_published
 from refreward_trl.resampling import upscale
-from tests import published_models as fixtures
 
 TrainPolicy = Callable[[list[nn.Parameter]], None]
 FAMILIES = ("osediff", "pisa_sr", "hypir", "tsd_sr", "naosd")

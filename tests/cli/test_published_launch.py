@@ -1,0 +1,90 @@
+"""Published generators under ZeRO by the packaged recipes: from an authors' format and back to it."""
+
+from __future__ import annotations
+
+import json
+
+import published_models
+import pytest
+import torch
+from launching import ended, furnish, needs_deepspeed, started
+
+from refreward_trl import checkpointing
+from refreward_trl.cli import app
+from refreward_trl.cli.packaged import find_recipe, recipe_names
+from refreward_trl.cli.recipe import read_recipe
+from refreward_trl.generators import load_generator
+
+PUBLISHED = [name for name in recipe_names() if "generator_family" in read_recipe(name).values]
+
+SMALL = {
+    "dataset": "photos",
+    "eval_dataset": "photos",
+    "degradation": "bicubic",
+    "crop_size": "32",
+    "max_eval_images": "1",
+    "rewards": '[{"name": "psnr"}]',
+    "heldout_rewards": "[]",
+    "load_best_model_at_end": "false",
+    "eval_strategy": "no",
+    "per_device_train_batch_size": "2",
+    "gradient_accumulation_steps": "1",
+    "save_steps": "1",
+    "learning_rate": "1e-2",
+    "output_dir": "run",
+    "disable_tqdm": "true",
+}
+
+
+def words(made: published_models.Published, method: str, steps: int) -> list[str]:
+    values = {**SMALL, "generator": str(made.path), "base_model": str(made.base), "max_steps": str(steps)}
+    values |= {"num_generations": "2", "noise_cell": "4", "self_check": "true"} if method == "ddpo" else {}
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_dry_run_finds_everything_without_a_network(name, tmp_path, monkeypatch, capsys):
+    recipe = read_recipe(name)
+    made = published_models.WRITERS[recipe.values["generator_family"]](tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--generator", str(made.path), "--base_model", str(made.base)]
+    assert app.main([recipe.method, "--config", name, "--dry-run", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert str(made.path) in shown and str(made.base) in shown and "licence" in shown
+    assert not (tmp_path / "runs").exists()
+    assert app.main([recipe.method, "--config", name, "--dry-run"]) == 5, "the checkpoint is not there"
+    told = capsys.readouterr()
+    assert "get it from" in told.err and "to be downloaded" in told.out and "train images" in told.out
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_trains_resumes_and_goes_back(name, stage, tmp_path):
+    recipe = read_recipe(name)
+    made = published_models.WRITERS[recipe.values["generator_family"]](tmp_path)
+    place = furnish(tmp_path / "place")
+    for steps in (2, 3):
+        call = words(made, recipe.method, steps)
+        run = started(place, f"{stage}.yaml", *call, method=recipe.method, recipe=str(find_recipe(name)))
+        done = ended(run)
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert "resuming from run/checkpoint-2" in done.stderr + done.stdout
+    assert json.loads((place / "run/summary.json").read_text())["steps"] == 3
+    manifest = checkpointing.verify(place / "run/checkpoint-3")
+    assert manifest["world_size"] == 2
+    assert any((place / "run/checkpoint-3").rglob("*optim_states.pt")), "DeepSpeed did not run"
+
+    lr_image = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    aligned = load_generator(place / "run/generator")
+    expected = aligned.generate(lr_image)
+    with aligned.reference():
+        assert not torch.allclose(aligned.generate(lr_image), expected, atol=1e-4), "nothing was learned"
+    file_format = "diffusers" if made.path.name == "naosd" else "published"
+    target = tmp_path / "exported" / made.path.name
+    target.parent.mkdir()
+    assert app.main(["export", str(place / "run/generator"), str(target), "--format", file_format]) == 0
+    options = {} if file_format == "diffusers" else {"base_model": str(made.base)}
+    again = load_generator(target, **options)
+    torch.testing.assert_close(again.generate(lr_image), expected, rtol=0, atol=1e-5)
