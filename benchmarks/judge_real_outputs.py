@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from refreward_trl import RefReward
 from refreward_trl.cli.building import load_photos
@@ -82,29 +82,53 @@ class Step:
     operation: Operation
 
 
-@dataclass(frozen=True)
-class LayerNetwork:
-    """A network as a list of layers, LR image `(B, 3, h, w)` -> SR image `(B, 3, 4h, 4w)`, both in [0, 1].
+class LayerNetwork(nn.Module):
+    """A network as a list of layers, LR image `(B, 3, h, w)` -> SR image `(B, 3, 4h, 4w)`, both in [0, 1]; trainable.
 
-    Attributes:
+    Args:
         steps: The layers in the order of execution.
         source: Name of the input image.
         sink: Name of the output image.
         white: What the network takes for white: 1 or 255.
     """
 
-    steps: Sequence[Step]
-    source: str
-    sink: str
-    white: float = 1.0
+    def __init__(self, steps: Sequence[Step], source: str, sink: str, white: float = 1.0) -> None:
+        super().__init__()
+        self.steps = steps
+        self.source, self.sink, self.white = source, sink, white
+        self.layers = nn.ModuleList(step.operation for step in steps if isinstance(step.operation, nn.Module))
 
-    @torch.no_grad()
-    def __call__(self, lr_image: Tensor) -> Tensor:
+    def forward(self, lr_image: Tensor) -> Tensor:
+        """Returns the SR image, not clamped, with its graph where gradients are on."""
         values = {self.source: lr_image * self.white}
         for step in self.steps:
             result = step.operation(*(values[name] for name in step.inputs))
             values.update(dict.fromkeys(step.outputs, result))
-        return (values[self.sink] / self.white).clamp(0, 1)
+        return values[self.sink] / self.white
+
+    @torch.no_grad()
+    def enlarge(self, lr_image: Tensor) -> Tensor:
+        """Returns the SR image as it would be saved: in [0, 1]."""
+        return self(lr_image).clamp(0, 1)
+
+
+class Convolution(nn.Module):
+    """A convolution that keeps the size, and what follows it.
+
+    Args:
+        weight: `(out, in, k, k)`.
+        bias: `(out,)`, or None.
+        activate: What follows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activate: Operation) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.activate = activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activate(F.conv2d(x, self.weight, self.bias, padding="same"))
 
 
 def read_tfjs(folder: Path) -> LayerNetwork:
@@ -136,8 +160,7 @@ def _tfjs_operation(kind: str, config: Mapping[str, Any], weights: Mapping[str, 
         case "Conv2D":
             kernel = weights[f"{config['name']}/kernel"].permute(3, 2, 0, 1).contiguous()
             bias = weights.get(f"{config['name']}/bias")
-            activate = _tfjs_activation(config["activation"])
-            return lambda x: activate(F.conv2d(x, kernel, bias, padding="same"))
+            return Convolution(kernel, bias, _tfjs_activation(config["activation"]))
         case "Activation":
             return _tfjs_activation(config["activation"])
         case "Concatenate":
@@ -236,7 +259,9 @@ def _ncnn_convolution(settings: Mapping[str, str], weights: _NCNNWeights) -> Ope
     if activation not in ("0", "2"):
         raise ConfigError(f"the ncnn activation {activation} is not known")
     slope = float(settings["-23310"].split(",")[1]) if activation == "2" else 1.0  # a slope of 1 changes nothing
-    return lambda x: F.leaky_relu(F.conv2d(x, kernel, bias, padding=int(settings["4"])), slope)
+    if int(settings["4"]) != side // 2:
+        raise ConfigError(f"the ncnn padding {settings['4']} of a kernel of {side} is not known")
+    return Convolution(kernel, bias, lambda x: F.leaky_relu(x, slope))
 
 
 NETWORKS: Mapping[str, tuple[Callable[[Path], LayerNetwork], str]] = {
@@ -272,7 +297,7 @@ def read_upscalers(folder: Path, names: Sequence[str]) -> dict[str, Upscaler]:
     for name in names:
         read, place = NETWORKS[name]
         try:
-            upscalers[name] = read(folder / place)
+            upscalers[name] = read(folder / place).enlarge
         except FileNotFoundError as error:
             raise _not_fetched(name, error) from error
     return upscalers

@@ -51,7 +51,13 @@ def execute(block: str) -> dict[str, Any]:
 
 
 def test_every_python_block_is_one_of_those_run_here() -> None:
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
+
+
+def test_a_network_of_ones_own_takes_few_lines() -> None:
+    block = block_with("python", "my_network.py")
+    compile(block, "my_network.py", "exec")
+    assert len(block.splitlines()) + len(block_with("console", "my_network:build").splitlines()) < 30
 
 
 def test_three_lines_score_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

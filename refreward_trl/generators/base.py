@@ -151,6 +151,17 @@ class Generator(ABC):
         """Applies the differentiable colour fix of the deployed path, if the generator has one. Not clamped."""
         return image
 
+    def correction(self, mean: Tensor, z: Tensor, cond: Condition) -> Tensor:
+        """Returns what the prediction adds to the upsampled LR image, in the space of the policy: the direction of
+        "residual" noise.
+
+        Args:
+            mean: What `predict` returned.
+            z: What it started from.
+            cond: Its condition.
+        """
+        return mean - z
+
     def policy(
         self,
         mean: Float[Tensor, "b c h w"],

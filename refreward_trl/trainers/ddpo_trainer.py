@@ -67,9 +67,8 @@ class SRDDPOTrainer(AlignmentTrainer):
         # predicts the same.
         with eval_mode(self.model_wrapped):
             mean = self.generator.predict(batch["encoded"], cond, model=self.model_wrapped)
-        if self.args.noise == "residual" and mean.shape == batch["encoded"].shape:
-            # Shapes differ for a generator without a latent, which refuses to have a policy below.
-            batch["noise_direction"] = mean - batch["encoded"]
+        if self.args.noise == "residual":
+            batch["noise_direction"] = self.generator.correction(mean, batch["encoded"], cond)
         policy = self._policy(mean, batch)
         batch["candidates"] = policy.sample(self._noise_sources(batch), antithetic=self.args.antithetic)
         batch["old_log_prob"] = policy.log_prob(batch["candidates"], self.args.log_prob_reduction)

@@ -42,7 +42,7 @@ def test_tfjs_network_enlarges_each_colour(benchmark: ModuleType, tmp_path: Path
     (tmp_path / "model.json").write_text(json.dumps(model))
     lr_image = torch.rand(2, 3, 5, 6)
     expected = lr_image.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    torch.testing.assert_close(benchmark.read_tfjs(tmp_path)(lr_image), expected)
+    torch.testing.assert_close(benchmark.read_tfjs(tmp_path).enlarge(lr_image), expected)
 
 
 def test_ncnn_network_reads_half_precision_and_biases(benchmark: ModuleType, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_ncnn_network_reads_half_precision_and_biases(benchmark: ModuleType, tmp
     lr_image = torch.rand(1, 3, 4, 4)
     expected = torch.nn.functional.leaky_relu(0.5 - lr_image, 0.2).clamp(0, 1)
     expected = expected.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    torch.testing.assert_close(benchmark.read_ncnn(tmp_path / "net")(lr_image), expected)
+    torch.testing.assert_close(benchmark.read_ncnn(tmp_path / "net").enlarge(lr_image), expected)
     (tmp_path / "net.bin").write_bytes(data + b"\0\0\0\0")
     with pytest.raises(ConfigError, match="belong to no layer"):
         benchmark.read_ncnn(tmp_path / "net")

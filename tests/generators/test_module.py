@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from refreward_trl.errors import CheckpointError, ConfigError
+from refreward_trl.errors import CheckpointError, ConfigError, SetupError
 from refreward_trl.generators import load_generator
 from refreward_trl.generators.module import ModuleGenerator
 
@@ -23,6 +24,10 @@ def build():
 
 network = build()
 number = 3
+
+def declared():
+    from refreward_trl import ModuleGenerator
+    return ModuleGenerator(build(), 2, policy_space="pixel")
 """
 
 
@@ -48,8 +53,60 @@ def test_gradient_reaches_the_network_unclamped(lr_image: Tensor) -> None:
 
 def test_a_policy_around_it_is_refused(lr_image: Tensor) -> None:
     generator = ModuleGenerator(network(), 2)
-    with pytest.raises(ConfigError, match="no latent"):
+    with pytest.raises(ConfigError, match="does not say where its policy lies"):
         generator.policy(generator.generate(lr_image), sigma=0.1)
+
+
+class Latent(nn.Module):
+    """Half of a network: returns features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+
+    def forward(self, lr_image: Tensor) -> Tensor:
+        return self.conv(lr_image)
+
+
+def test_a_declared_policy_lies_on_the_pixels_or_on_the_latent(lr_image: Tensor) -> None:
+    pixel = ModuleGenerator(network(), 2, policy_space="pixel")
+    latent = ModuleGenerator(Latent(), 2, policy_space="latent", decoder=nn.PixelShuffle(2))
+    for generator, shape in ((pixel, (2, 3, 16, 16)), (latent, (2, 12, 8, 8))):
+        cond = generator.prepare(lr_image)
+        z = generator.encode(cond)
+        mean = generator.predict(z, cond)
+        assert mean.shape == shape
+        direction = generator.correction(mean, z, cond)
+        policy = generator.policy(mean, sigma=0.1, noise="residual", cell=4, direction=direction)
+        sample = policy.sample([torch.Generator().manual_seed(i) for i in range(4)])
+        assert generator.decode(sample, cond.repeat(2)).shape == (4, 3, 16, 16)
+        policy.log_prob(sample).sum().backward()
+        assert all(parameter.grad is not None for parameter in generator.trainable_parameters())
+    cond = pixel.prepare(lr_image)
+    mean = pixel.predict(lr_image, cond)
+    assert torch.equal(pixel.correction(mean, lr_image, cond), mean - cond.upsampled)
+
+
+def test_contradictory_declarations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no decoder"):
+        ModuleGenerator(Latent(), 2, policy_space="latent")
+    with pytest.raises(ConfigError, match="a decoder"):
+        ModuleGenerator(network(), 2, policy_space="pixel", decoder=nn.Identity())
+    with pytest.raises(ConfigError, match="unknown policy_space 'pixels'"):
+        ModuleGenerator(network(), 2, policy_space="pixels")
+
+
+def test_a_frozen_decoder_is_neither_trained_nor_part_of_the_denoiser() -> None:
+    decoder = nn.Conv2d(12, 12, 1)
+    generator = ModuleGenerator(Latent(), 2, policy_space="latent", decoder=nn.Sequential(decoder, nn.PixelShuffle(2)))
+    assert not decoder.weight.requires_grad
+    assert all(parameter is not decoder.weight for parameter in generator.trainable_parameters())
+
+
+def test_spandrel_is_asked_for_by_name_and_missed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    with pytest.raises(SetupError, match="pip install spandrel"):
+        load_generator("spandrel:RealESRGAN_x4plus.pth")
 
 
 def test_a_network_of_another_scale_is_refused(lr_image: Tensor) -> None:
@@ -103,6 +160,11 @@ def test_loads_a_network_by_name_from_the_working_directory(
     assert torch.equal(loaded.generate(lr_image), generator.generate(lr_image))
     with pytest.raises(ConfigError, match=r"package\.module:attribute"):
         load_generator(tmp_path / "saved")
+    declared = load_generator("my_networks:declared", weights=tmp_path / "saved")
+    assert isinstance(declared, ModuleGenerator) and declared.policy_space == "pixel"
+    assert torch.equal(declared.generate(lr_image), generator.generate(lr_image))
+    with pytest.raises(ConfigError, match="enlarges 2 times, not 4"):
+        load_generator("my_networks:declared", scale=4)
     for name, message in (("my_networks:number", "int"), ("my_networks:gone", "gone"), ("not_there:x", "not_there")):
         with pytest.raises(ConfigError, match=message):
             load_generator(name)
