@@ -119,6 +119,16 @@ def build_generator(arguments: GeneratorArguments, *, scale: int, seed: int, wei
     return generator
 
 
+def check_prompts(generator: Generator, arguments: DataArguments) -> None:
+    """Raises `ConfigError` if photos have prompts that the generator does not read."""
+    if arguments.prompts is not None and not generator.takes_prompts:
+        raise ConfigError(
+            "the generator reads no prompts",
+            where="prompts",
+            fix="leave it out, or use a published checkpoint with its base model's text encoder",
+        )
+
+
 def check_generator_arguments(arguments: GeneratorArguments) -> None:
     """Raises `ConfigError` if options of published checkpoints are set for a generator that is none."""
     name = arguments.generator

@@ -18,6 +18,7 @@ from refreward_trl.cli.building import (
     build_rewards,
     build_test_rows,
     build_train_dataset,
+    check_prompts,
     is_module,
     load_photos,
 )
@@ -60,6 +61,7 @@ def align(recipe: Recipe, config_class: type[AlignmentConfig], trainer_class: ty
     train_dataset = build_train_dataset(data, build_arguments(CropArguments, recipe.values), config.seed)
     test_rows = build_test_rows(data)
     generator = build_generator(source, scale=data.scale, seed=config.seed)
+    check_prompts(generator, data)
     before = measure(generator, test_rows, watched, config, "before")
     trainer = trainer_class(
         generator,
@@ -134,6 +136,7 @@ def finetune(recipe: Recipe) -> None:
     data = build_arguments(DataArguments, recipe.values)
     source = build_arguments(GeneratorArguments, recipe.values)
     generator = build_generator(source, scale=data.scale, seed=config.seed)
+    check_prompts(generator, data)
     trainer = SRFinetuneTrainer(
         generator,
         args=config,
