@@ -16,7 +16,7 @@ class GeneratorArguments:
     generator: str = field(
         default="default",
         metadata={
-            "help": "'default', 'new' (untrained), a folder, a published checkpoint, or package.module:attribute"
+            "help": "'default', 'new', a folder, a published checkpoint, package.module:attribute or spandrel:FILE"
         },
     )
     generator_family: Literal["osediff", "naosd", "pisa_sr", "hypir", "tsd_sr"] | None = field(

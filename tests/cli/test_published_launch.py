@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import published_models
 import pytest
@@ -36,8 +38,16 @@ SMALL = {
 }
 
 
-def words(made: published_models.Published, method: str, steps: int) -> list[str]:
-    values = {**SMALL, "generator": str(made.path), "base_model": str(made.base), "max_steps": str(steps)}
+NETWORK = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.PixelShuffle(4))
+"""
+
+
+def words(method: str, steps: int, **own: str) -> list[str]:
+    values = {**SMALL, **own, "max_steps": str(steps)}
     values |= {"num_generations": "2", "noise_cell": "4", "self_check": "true"} if method == "ddpo" else {}
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
@@ -57,6 +67,36 @@ def test_a_dry_run_finds_everything_without_a_network(name, tmp_path, monkeypatc
     assert "get it from" in told.err and "to be downloaded" in told.out and "train images" in told.out
 
 
+def train_and_resume(place: Path, name: str, stage: str, **own: str) -> None:
+    """Trains for two steps and goes on to a third, on two processes under DeepSpeed."""
+    method = read_recipe(name).method
+    for steps in (2, 3):
+        call = words(method, steps, **own)
+        done = ended(started(place, f"{stage}.yaml", *call, method=method, recipe=str(find_recipe(name))))
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert "resuming from run/checkpoint-2" in done.stderr + done.stdout
+    assert json.loads((place / "run/summary.json").read_text())["steps"] == 3
+    assert checkpointing.verify(place / "run/checkpoint-3")["world_size"] == 2
+    assert any((place / "run/checkpoint-3").rglob("*optim_states.pt")), "DeepSpeed did not run"
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_network_of_ones_own_trains_and_resumes(stage, tmp_path, monkeypatch):
+    place = furnish(tmp_path)
+    (place / "my_network.py").write_text(NETWORK)
+    train_and_resume(place, "module/refl", stage)
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "my_network", raising=False)
+    aligned = load_generator("my_network:build", weights="run/generator")
+    lr_image = torch.rand(1, 3, 12, 12)
+    image = aligned.generate(lr_image)
+    aligned.save_pretrained("again")
+    assert torch.equal(load_generator("my_network:build", weights="again").generate(lr_image), image)
+
+
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
@@ -65,17 +105,7 @@ def test_a_recipe_trains_resumes_and_goes_back(name, stage, tmp_path):
     recipe = read_recipe(name)
     made = published_models.WRITERS[recipe.values["generator_family"]](tmp_path)
     place = furnish(tmp_path / "place")
-    for steps in (2, 3):
-        call = words(made, recipe.method, steps)
-        run = started(place, f"{stage}.yaml", *call, method=recipe.method, recipe=str(find_recipe(name)))
-        done = ended(run)
-        assert done.returncode == 0, done.stderr[-4000:]
-    assert "resuming from run/checkpoint-2" in done.stderr + done.stdout
-    assert json.loads((place / "run/summary.json").read_text())["steps"] == 3
-    manifest = checkpointing.verify(place / "run/checkpoint-3")
-    assert manifest["world_size"] == 2
-    assert any((place / "run/checkpoint-3").rglob("*optim_states.pt")), "DeepSpeed did not run"
-
+    train_and_resume(place, name, stage, generator=str(made.path), base_model=str(made.base))
     lr_image = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     aligned = load_generator(place / "run/generator")
     expected = aligned.generate(lr_image)

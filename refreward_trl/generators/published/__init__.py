@@ -90,9 +90,8 @@ def load_published(
         parts = _read_networks(base, about)
         put = _put_on(source, file_format, about, parts, overrides)
     denoiser, vae = (part.to(dtype) for part in parts)
-    origin = Origin(
-        about.name, file_format, str(base_model or base), put.facts, put.tensors, digest(denoiser.state_dict())
-    )
+    mark = "" if file_format is None else digest(denoiser.state_dict())
+    origin = Origin(about.name, file_format, str(base_model or base), put.facts, put.tensors, mark)
     encoder = PromptEncoder(lambda: base)
     fixed = read_prompt_embeds(Path(prompt_embeds)) if prompt_embeds is not None else put.prompt
     if fixed is None or prompt is not None:
