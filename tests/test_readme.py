@@ -15,6 +15,7 @@ from PIL import Image
 from refreward_trl import LossOutput
 from refreward_trl.cli import app
 from refreward_trl.cli.building import build_rewards
+from refreward_trl.cli.keys import METHODS, keys_of
 from refreward_trl.cli.recipe import read_recipe
 from refreward_trl.data.images import to_pil
 
@@ -41,7 +42,7 @@ def commands() -> list[list[str]]:
 def examples() -> list[list[str]]:
     """The commands that need files which are not here."""
     lines = [line for block in blocks("console") for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
+    return [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
 
 
 def execute(block: str) -> dict[str, Any]:
@@ -109,14 +110,15 @@ def test_the_other_commands_run(words: list[str]) -> None:
 def test_examples_use_flags_and_recipes_that_exist(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     start = words.index("refreward_trl" if "refreward_trl" in words else "refreward")
     method, *rest = words[start + 1 :]
-    if "--config" in rest:
+    if "--config" in rest and method in METHODS:
         flags = [word for word in rest if word != "--dry-run"]
         assert read_recipe(flags[1], method=method, flags=flags[2:]).method == method
         return
     with pytest.raises(SystemExit, match="0"):
         app.main([method, "--help"])
     shown = capsys.readouterr().out
-    assert all(word in shown for word in rest if word.startswith("--"))
+    keys = keys_of("refl") if "--key" in shown else {}
+    assert all(word in shown or word[2:] in keys for word in rest if word.startswith("--"))
 
 
 def test_make_targets_exist() -> None:

@@ -34,6 +34,7 @@ COMMANDS = (
     Command("train", "rm", "a reward model on ranked candidates of one low-resolution image"),
     Command("train", "refl", "align a generator by the gradient of a reward"),
     Command("train", "ddpo", "align a generator by policy gradient: the reward may be a black box"),
+    Command("train", "doctor", "what a run will take in memory, time and disk, and what helps if it is too much"),
     Command("use", "score", "score super-resolved images against their low-resolution inputs"),
     Command("use", "eval", "compare generators and folders of images, each figure with its protocol"),
     Command("use", "upscale", "super-resolve images of any size: tiles, any scale, folders"),

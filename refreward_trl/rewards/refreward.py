@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from refreward_trl.errors import ConfigError, RewardError
 from refreward_trl.rewards.batching import is_single_image, rate_pairs, read_images, sample_labels, scale_between
@@ -44,18 +45,26 @@ class JudgeReward(ABC):
         device: Where the judge runs. None follows images that are on an accelerator; images on the host go to the
             current CUDA device if there is one, else they stay on the CPU.
         batch_size: The most images per call of the judge.
+        checkpoint: Recompute the judge in the backward pass, call by call, instead of keeping its activations: with a
+            smaller `batch_size` the least memory, for one more forward pass.
     """
 
     __name__: str
 
     def __init__(
-        self, source: str | Path = "default", *, device: str | torch.device | None = None, batch_size: int = 16
+        self,
+        source: str | Path = "default",
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        checkpoint: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}", where=f"reward {self.__name__!r}")
         self.source = source
         self.device = None if device is None else torch.device(device)
         self.batch_size = batch_size
+        self.checkpoint = checkpoint
         self._judge: Judge | None = None
 
     @abstractmethod
@@ -139,7 +148,13 @@ class JudgeReward(ABC):
         device = self.device or _default_device(sr_image.device)
         self.judge.to(device)
         with torch.autocast(device.type, enabled=False):
-            scores = self.judge.rate(lr_image.to(device), sr_image.to(device))
+            lr_image, sr_image = lr_image.to(device), sr_image.to(device)
+            if self.checkpoint and torch.is_grad_enabled() and sr_image.requires_grad:
+                scores = recompute_in_backward(
+                    self.judge.rate, lr_image, sr_image, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                scores = self.judge.rate(lr_image, sr_image)
         # The pixels were checked, so the judge is at fault: as NaN it would pass for "not scored" and train nothing.
         if not bool(scores.detach().isfinite().all()):
             raise RewardError(
@@ -158,6 +173,7 @@ class RefReward(JudgeReward):
         device: See `JudgeReward`.
         dtype: Precision of its weights (`"float32"`, `"bfloat16"`, `"float16"`); None for float32.
         batch_size: The most images per call of the judge.
+        checkpoint: See `JudgeReward`.
 
     Example:
         Three lines score an image:
@@ -177,8 +193,9 @@ class RefReward(JudgeReward):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         batch_size: int = 16,
+        checkpoint: bool = False,
     ) -> None:
-        super().__init__(source, device=device, batch_size=batch_size)
+        super().__init__(source, device=device, batch_size=batch_size, checkpoint=checkpoint)
         self.dtype = _read_dtype(dtype)
 
     @classmethod

@@ -84,6 +84,24 @@ def test_micro_batches_change_nothing(reward):
     assert reward.score(LR, SR) == pytest.approx(whole, abs=1e-5)
 
 
+def test_recomputing_the_judge_changes_neither_rewards_nor_gradients_and_keeps_less(reward):
+    batch = torch.stack([to_float(image) for image in (SR[0], SR[2], SR[3])])
+    targets = torch.stack([to_float(image) for image in (LR[0], LR[2], LR[3])])
+    found = {}
+    for checkpoint in (False, True):
+        reward.checkpoint, reward.batch_size = checkpoint, 2
+        images = batch.clone().requires_grad_()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            scores = call(reward, images, targets)
+        scores.sum().backward()
+        found[checkpoint] = scores.detach(), images.grad, sum(kept)
+    assert torch.equal(found[True][0], found[False][0])
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-5, atol=0)
+    assert found[False][1].abs().max() > 0
+    assert found[True][2] < 0.2 * found[False][2]
+
+
 def test_call_equals_score_and_is_plain_without_a_graph(reward):
     expected = reward.score(LR, SR)
     for completions in (SR, list(map(to_float, SR)), list(map(to_pil, SR))):
