@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -21,7 +22,6 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from refreward_trl.errors import CheckpointError, ConfigError
 from refreward_trl.generators.base import (
@@ -202,7 +202,8 @@ class LatentGenerator(Generator):
 
     def decode(self, z: Tensor, cond: Condition, *, checkpoint: bool = False) -> Float[Tensor, "b 3 H W"]:
         if checkpoint and torch.is_grad_enabled():
-            image = recompute_in_backward(self.decode_latent, z, use_reentrant=False)
+            with _checkpointed_blocks(self.vae):
+                image = self.decode_latent(z)
         else:
             image = self.decode_latent(z)
         height, width = cond.size
@@ -361,6 +362,17 @@ def check_prompt(embeds: Tensor, dim: int) -> None:
             where="prompt_embeds",
             fix=f"use (1, tokens, {dim}), the denoiser's cross_attention_dim",
         )
+
+
+@contextmanager
+def _checkpointed_blocks(vae: Any) -> Iterator[None]:
+    """Inside, a forward keeps the inputs of the decoder's blocks alone, which the backward pass computes again one by
+    one: recomputing the decoder as a whole would hold all of its activations at once."""
+    vae.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        vae.disable_gradient_checkpointing()
 
 
 def _is_kl(vae: nn.Module) -> bool:

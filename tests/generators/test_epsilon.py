@@ -134,7 +134,11 @@ def test_decode_is_neither_clamped_nor_flat_outside_the_range(generator: EpsLate
     assert z.grad.abs().max() > 0
 
 
-def test_checkpointed_decode_has_the_same_gradient(generator: EpsLatentGenerator, lr_image: Tensor) -> None:
+@pytest.mark.parametrize("which", ["generator", "kl_generator"])
+def test_checkpointed_decode_has_the_same_gradient(
+    which: str, request: pytest.FixtureRequest, lr_image: Tensor
+) -> None:
+    generator: EpsLatentGenerator = request.getfixturevalue(which)
     cond = generator.prepare(lr_image)
     gradients = []
     for checkpoint in (False, True):
@@ -145,7 +149,11 @@ def test_checkpointed_decode_has_the_same_gradient(generator: EpsLatentGenerator
     assert torch.equal(*gradients)
 
 
-def test_checkpointed_decode_keeps_fewer_activations(generator: EpsLatentGenerator, lr_image: Tensor) -> None:
+@pytest.mark.parametrize("which", ["generator", "kl_generator"])
+def test_checkpointed_decode_keeps_fewer_activations(
+    which: str, request: pytest.FixtureRequest, lr_image: Tensor
+) -> None:
+    generator: EpsLatentGenerator = request.getfixturevalue(which)
     cond = generator.prepare(lr_image)
     sizes = []
     for checkpoint in (False, True):
