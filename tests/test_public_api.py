@@ -53,12 +53,12 @@ HOOKS = {
 }
 
 GENERATOR_METHODS = {
-    "prepare": ["self", "lr_image"],
+    "prepare": ["self", "lr_image", "prompts"],
     "encode": ["self", "cond"],
     "predict": ["self", "z", "cond", "noise", "model"],
     "decode": ["self", "z", "cond", "checkpoint"],
     "postprocess": ["self", "image", "cond"],
-    "generate": ["self", "lr_image", "model"],
+    "generate": ["self", "lr_image", "prompts", "model"],
     "add_policy_adapter": ["self", "lora_config"],
     "reference": ["self"],
     "reference_model": ["self"],
