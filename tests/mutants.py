@@ -84,7 +84,7 @@ MUTANTS = (
     ),
     Mutant(
         "decode clamped",
-        "refreward_trl/generators/epsilon.py",
+        "refreward_trl/generators/latent.py",
         ".sample.float() / 2 + 0.5",
         ".sample.float().clamp(-1, 1) / 2 + 0.5",
         "tests/generators/test_epsilon.py",
