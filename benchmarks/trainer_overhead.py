@@ -42,7 +42,7 @@ from refreward_trl.errors import ConfigError
 from refreward_trl.generators import straight_through_clamp
 from refreward_trl.randomness import stateless_generator, stateless_seed
 from refreward_trl.resampling import downscale
-from refreward_trl.reward_model.scoring import batched_vision_attention
+from refreward_trl.reward_model.vision_attention import batched_vision_attention
 from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments
 from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer

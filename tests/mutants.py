@@ -50,8 +50,8 @@ MUTANTS = (
     Mutant(
         "LR ignored by the judge",
         "refreward_trl/reward_model/scoring.py",
-        "judge_inputs(lr_image, sr_image, self.spec, self.prompt)",
-        "judge_inputs(0 * lr_image, sr_image, self.spec, self.prompt)",
+        "shown_visuals(lr_image, [sr_image], self.spec)",
+        "shown_visuals(0 * lr_image, [sr_image], self.spec)",
         "tests/reward_model/test_scoring.py",
     ),
     Mutant(

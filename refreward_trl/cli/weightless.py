@@ -101,8 +101,9 @@ def rate_judge_without_content(source: str | Path, mode: FakeTensorMode, dtype: 
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+    from refreward_trl.reward_model.judge import SPEC_FILE
     from refreward_trl.reward_model.loading import DEFAULT_JUDGE
-    from refreward_trl.reward_model.scoring import SPEC_FILE, RateJudge
+    from refreward_trl.reward_model.scoring import RateJudge
     from refreward_trl.reward_model.spec import JudgeSpec
     from refreward_trl.trainers.shape_trace import without_content
 

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from refreward_trl.errors import CheckpointError
+from refreward_trl.errors import CheckpointError, ConfigError, SetupError
 from refreward_trl.model_folders import check_index, check_size, read_object
 from refreward_trl.reward_model.conv import CONFIG_FILE as CONV_CONFIG_FILE
-from refreward_trl.reward_model.scoring import SPEC_FILE, RateJudge
+from refreward_trl.reward_model.default_specs import default_spec
+from refreward_trl.reward_model.judge import SPEC_FILE, MLLMJudge
+from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
 
 DEFAULT_JUDGE = "assets/judge"
+ADAPTER_FILE = "adapter_config.json"
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+"""What is downloaded: no code and no pickles."""
+
+Quantization: TypeAlias = Literal["8bit", "4bit"]
+J = TypeVar("J", bound=MLLMJudge)
 
 _FROM_HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """No download, and no code from the folder: left alone, transformers asks on the terminal whether to run it."""
@@ -26,47 +44,169 @@ _LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, LookupError, At
 """What transformers raises where a configuration or weights are wrong."""
 
 
-def load_judge(source: str | Path, *, device: torch.device | str = "cpu", batch_size: int = 32) -> RateJudge:
-    """Opens a judge for scoring: eval mode, fp32, frozen weights.
+def load_judge(source: str | Path, **options: Any) -> RateJudge:
+    """Opens a judge that rates; see `load_judge_as` for the arguments and errors."""
+    return load_judge_as(RateJudge, source, **options)
+
+
+def load_judge_as(
+    kind: type[J],
+    source: str | Path,
+    *,
+    spec: JudgeSpec | str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> J:
+    """Opens a judge for scoring: eval mode, frozen weights.
 
     Args:
-        source: `"default"` for the shipped judge, or a folder written by `RateJudge.save_pretrained`.
+        kind: `RateJudge`, `CompareJudge` or `ReasonJudge`.
+        source: `"default"` for the shipped judge; a folder with a network of one of `families.FAMILIES`, written by
+            `MLLMJudge.save_pretrained` or by stock transformers; a folder with a LoRA adapter for such a network,
+            which is merged into it (not if it is quantized); or a name on the Hugging Face Hub.
+        spec: How the network is asked, where the folder has no `judge_spec.json`: a spec or its JSON file. None takes
+            the folder's own, or else `default_spec` of the network's family.
+        dtype: Precision of the weights.
+        quantization: `"8bit"` or `"4bit"` (nf4) by bitsandbytes; needs the extra `bnb`.
         device: Where the judge computes.
-        batch_size: Tiles per forward.
+        **options: Further arguments of `kind`, such as `batch_size`.
 
     Raises:
-        CheckpointError: No such folder, or missing, damaged or mismatched files in it.
+        CheckpointError: No such folder, missing, damaged or mismatched files in it, or a spec beside the folder's own.
+        SetupError: The hub cannot be reached or does not have it, or bitsandbytes is missing.
     """
-    folder = Path(str(files("refreward_trl") / DEFAULT_JUDGE)) if source == "default" else Path(source)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"no judge at {str(source)!r}", where=str(folder), fix="give 'default' or the folder of a saved judge"
-        )
+    model, tokenizer, spec = open_network(source, spec=spec, dtype=dtype, quantization=quantization, device=device)
+    judge = kind(model, tokenizer, spec, **options)
+    judge.model.eval().requires_grad_(False)
+    return judge.to(device)
+
+
+def open_network(
+    source: str | Path,
+    *,
+    spec: JudgeSpec | str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, JudgeSpec]:
+    """Opens network, tokenizer and spec of a judge; see `load_judge_as` for the arguments and errors."""
+    folder = find_folder(source)
     if (folder / CONV_CONFIG_FILE).is_file():
         raise CheckpointError(
             "the folder holds a ConvJudge, which answers no questions",
             where=str(folder),
             fix="open it with ConvJudge.from_pretrained, or name it as a held-out reward",
         )
+    adapter = folder if (folder / ADAPTER_FILE).is_file() else None
+    if adapter is not None:
+        folder = _base_of(adapter)
     _check_json_files(folder)
-    spec = _read_spec(folder)
-    model = _read_model(folder)
-    _check_hash(model, spec, folder)
+    model = _read_model(folder, dtype, quantization, device)
     tokenizer = _read_tokenizer(folder)
-    judge = RateJudge(model, tokenizer, spec, batch_size=batch_size)
-    judge.model.eval().requires_grad_(False)
-    return judge.to(device)
+    used = _find_spec(spec, [part for part in (adapter, folder) if part is not None], model, tokenizer)
+    _check_hash(model, used, folder, adapter)
+    if adapter is not None:
+        model = _with_adapter(model, adapter, merge=quantization is None)
+    return model, tokenizer, used
 
 
-def _read_spec(folder: Path) -> JudgeSpec:
-    path = folder / SPEC_FILE
-    if not path.is_file():
+def find_folder(source: str | Path) -> Path:
+    """Returns the folder of a judge on this disk, after downloading it from the hub if it is a name there.
+
+    Raises:
+        CheckpointError: It is neither a folder nor a name.
+        SetupError: The hub cannot be reached or does not have it.
+    """
+    if source == "default":
+        return Path(str(files("refreward_trl") / DEFAULT_JUDGE))
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise CheckpointError(
-            f"no {SPEC_FILE}: without it nobody knows what this judge was asked",
+            f"no judge at {str(source)!r}",
             where=str(folder),
-            fix="save the judge with RateJudge.save_pretrained, or write the JSON of its JudgeSpec there",
+            fix="give 'default', the folder of a saved judge, or a hub name such as Qwen/Qwen2.5-VL-3B-Instruct",
         )
-    return JudgeSpec.from_json(path.read_text(encoding="utf-8"), where=str(path))
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise SetupError(
+            f"no folder {str(source)!r} here, and the hub did not give it: {reason}",
+            where="judge",
+            fix="check the name and the connection, or give the folder of a local copy",
+        ) from error
+
+
+def _base_of(adapter: Path) -> Path:
+    base = read_object(adapter / ADAPTER_FILE).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            "the adapter does not say which network it belongs to",
+            where=str(adapter / ADAPTER_FILE),
+            fix="set base_model_name_or_path there",
+        )
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise CheckpointError("no adapter_model.safetensors", where=str(adapter), fix="copy the folder again")
+    return find_folder(base)
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Path, *, merge: bool) -> PreTrainedModel:
+    from peft import PeftModel  # takes seconds
+
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+    except (*_LOADING_ERRORS, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"peft cannot put the adapter onto its base network ({reason})",
+            where=str(adapter),
+            fix="check that base_model_name_or_path names the network it was trained on",
+        ) from error
+    return adapted.merge_and_unload() if merge else adapted
+
+
+def _find_spec(
+    given: JudgeSpec | str | Path | None,
+    folders: Sequence[Path],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> JudgeSpec:
+    own = next((path for folder in folders if (path := folder / SPEC_FILE).is_file()), None)
+    if isinstance(given, (str, Path)):
+        given = read_spec(Path(given))
+    if own is None:
+        if "judge_spec_hash" in model.config.to_dict():
+            raise CheckpointError(
+                f"no {SPEC_FILE}: without it nobody knows what this judge was asked",
+                where=str(folders[0]),
+                fix="restore the judge_spec.json that came with the weights",
+            )
+        return given or default_spec(model.config, tokenizer, folders[-1])
+    spec = read_spec(own)
+    if given is not None and given != spec:
+        raise CheckpointError(
+            "a spec was given, and the judge has another one: its weights were trained with that",
+            where=str(own),
+            fix="leave the spec out",
+        )
+    return spec
+
+
+def read_spec(path: Path) -> JudgeSpec:
+    """Reads the JSON file of a spec.
+
+    Raises:
+        CheckpointError: It cannot be read, or is no spec.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the judge spec cannot be read ({error})", where=str(path)) from error
+    return JudgeSpec.from_json(text, where=str(path))
 
 
 def _check_json_files(folder: Path) -> None:
@@ -79,8 +219,12 @@ def _check_json_files(folder: Path) -> None:
             check_size(path)
 
 
-def _read_model(folder: Path) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **_FROM_HERE}
+def _read_model(
+    folder: Path, dtype: torch.dtype, quantization: Quantization | None, device: torch.device | str
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **_FROM_HERE}
+    if quantization is not None:
+        options |= quantized(quantization, dtype, device)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **options)
     except (*_LOADING_ERRORS, SafetensorError, StrictDataclassError) as error:
@@ -100,9 +244,38 @@ def _read_model(folder: Path) -> PreTrainedModel:
         )
     # Weights mapped from a file may lie at addresses where the CPU's matrix kernels round differently: copied, a saved
     # judge scores bit by bit as it did before.
-    for weight in model.parameters():
-        weight.data = weight.data.clone()
+    if quantization is None:
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
     return model
+
+
+def quantized(quantization: Quantization, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """Returns what `from_pretrained` needs to load 8-bit or 4-bit weights.
+
+    Raises:
+        ConfigError: Another name.
+        SetupError: bitsandbytes is missing.
+    """
+    if quantization not in ("8bit", "4bit"):
+        raise ConfigError(f"quantization must be '8bit' or '4bit', not {quantization!r}", where="quantization")
+    if find_spec("bitsandbytes") is None:
+        raise SetupError(
+            f"{quantization} weights need bitsandbytes",
+            where="quantization",
+            fix="pip install 'refreward_trl[bnb]'",
+        )
+    if quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    return {"quantization_config": config, **placed}
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -118,7 +291,9 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_hash(model: PreTrainedModel, spec: JudgeSpec, folder: Path) -> None:
+def _check_hash(model: PreTrainedModel, spec: JudgeSpec, folder: Path, adapter: Path | None) -> None:
+    if adapter is not None and (adapter / SPEC_FILE).is_file():
+        return  # the adapter brings its own question
     stored = model.config.to_dict().get("judge_spec_hash")
     if stored is not None and stored != spec.hash:
         raise CheckpointError(

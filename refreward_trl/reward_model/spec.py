@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from refreward_trl.errors import CheckpointError, ConfigError
@@ -17,6 +17,14 @@ from refreward_trl.errors import CheckpointError, ConfigError
 SPEC_VERSION = 1
 
 ImageLayout = Literal["clip", "images"]
+LRView = Literal["upsampled", "native"]
+
+ASPECT_FIELD = "{aspect}"
+"""Where it stands in a prompt, the judge is asked once per aspect; other braces mean nothing."""
+
+
+_LATER: Mapping[str, Any] = {"written": "if not the default"}
+"""Fields that older specs lack: left out of the JSON at their defaults, so that old hashes hold."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,16 @@ class JudgeSpec:
         merge: Patches per side that become one token.
         image_mean: Subtracted per channel from pixels in [0, 1]; None for plain [0, 1] pixels.
         image_std: Divides per channel after `image_mean`; None exactly when `image_mean` is.
+        lr_view: `"upsampled"`: the LR image is enlarged bicubically to the SR size. `"native"`: shown as it is, with
+            fewer vision tokens (layout `"images"` only).
+        compare_prompt: The question about the LR image and two candidates; empty if the judge does not compare.
+        choice_tokens: Its answers for the first and for the second candidate; each one token.
+        reason_prompt: The question that asks for reasons before a rating; empty if the judge does not reason.
+        reason_compare_prompt: The same before a choice between two candidates.
+        max_new_tokens: The longest reasoned answer.
+
+    Prompts are plain text: braces mean nothing in them, except `{aspect}` in `prompt`, which asks once for each of the
+    `aspects`.
 
     Raises:
         ConfigError: The fields contradict each other.
@@ -56,6 +74,12 @@ class JudgeSpec:
     merge: int = 2
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
+    lr_view: LRView = field(default="upsampled", metadata=_LATER)
+    compare_prompt: str = field(default="", metadata=_LATER)
+    choice_tokens: tuple[str, str] = field(default=("A", "B"), metadata=_LATER)
+    reason_prompt: str = field(default="", metadata=_LATER)
+    reason_compare_prompt: str = field(default="", metadata=_LATER)
+    max_new_tokens: int = field(default=512, metadata=_LATER)
 
     def __post_init__(self) -> None:
         if self.layout not in ("clip", "images"):
@@ -68,6 +92,18 @@ class JudgeSpec:
             )
         if (self.image_mean is None) != (self.image_std is None):
             raise ConfigError("image_mean and image_std must be given together", where="JudgeSpec.image_mean")
+        if self.lr_view not in ("upsampled", "native") or (self.lr_view == "native" and self.layout == "clip"):
+            raise ConfigError(
+                f"lr_view {self.lr_view!r} does not go with layout {self.layout!r}",
+                where="JudgeSpec.lr_view",
+                fix="use 'upsampled', or 'native' with layout 'images'",
+            )
+        if len(self.choice_tokens) != 2 or self.choice_tokens[0] == self.choice_tokens[1]:
+            raise ConfigError(
+                f"{list(self.choice_tokens)} are not two different answers", where="JudgeSpec.choice_tokens"
+            )
+        if self.asks_per_aspect and not sum(self.aspects.values()) > 0:
+            raise ConfigError("the prompt asks per aspect, and no aspect has weight", where="JudgeSpec.aspects")
         if self.tile < self.pixel_multiple or self.tile % self.pixel_multiple:
             raise ConfigError(
                 f"tile {self.tile} is not a multiple of patch * merge = {self.pixel_multiple}",
@@ -81,6 +117,23 @@ class JudgeSpec:
         return self.patch * self.merge
 
     @property
+    def asks_per_aspect(self) -> bool:
+        """Whether the rating is the weighted mean of one answer per aspect."""
+        return ASPECT_FIELD in self.prompt
+
+    @property
+    def rating_prompts(self) -> dict[str, tuple[str, float]]:
+        """The questions to be rated, by aspect, with weights that sum to 1; `"overall"` alone if there is one."""
+        if not self.asks_per_aspect:
+            return {"overall": (self.prompt, 1.0)}
+        total = sum(self.aspects.values())
+        return {
+            aspect: (self.prompt.replace(ASPECT_FIELD, aspect), weight / total)
+            for aspect, weight in self.aspects.items()
+            if weight > 0
+        }
+
+    @property
     def rating_range(self) -> tuple[float, float]:
         """The lowest and the highest rating that can come out."""
         return min(self.rating_values), max(self.rating_values)
@@ -92,7 +145,9 @@ class JudgeSpec:
 
     def to_json(self) -> str:
         """Returns the canonical JSON: sorted keys, no spaces."""
+        unwritten = {item.name for item in fields(self) if item.metadata == _LATER and _is_default(self, item)}
         content = asdict(self) | {"aspects": dict(self.aspects)}
+        content = {name: value for name, value in content.items() if name not in unwritten}
         return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
@@ -121,7 +176,8 @@ class JudgeSpec:
                 fix="use the package version that wrote the judge",
             )
         known = {item.name for item in fields(cls)}
-        if wrong := sorted(known ^ content.keys()):
+        needed = {item.name for item in fields(cls) if item.metadata != _LATER}
+        if wrong := sorted((needed - content.keys()) | (content.keys() - known)):
             raise CheckpointError(f"missing or unknown fields: {', '.join(wrong)}", where=where)
         try:
             return cls(**{name: _frozen(value) for name, value in content.items()})
@@ -132,6 +188,10 @@ class JudgeSpec:
 
     def __hash__(self) -> int:
         return int(self.hash, 16)
+
+
+def _is_default(spec: JudgeSpec, item: Field[Any]) -> bool:
+    return getattr(spec, item.name) == item.default
 
 
 def _frozen(value: Any) -> Any:

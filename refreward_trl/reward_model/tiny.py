@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from refreward_trl.errors import ConfigError
 from refreward_trl.reward_model.chat_template import OWN_TEMPLATE
-from refreward_trl.reward_model.preprocess import IMAGE_TOKEN, VIDEO_TOKEN, single_token_id
+from refreward_trl.reward_model.families import IMAGE_TOKEN, VIDEO_TOKEN, single_token_id
 from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
 

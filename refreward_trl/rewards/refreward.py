@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float
@@ -14,9 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from refreward_trl.errors import ConfigError, RewardError
 from refreward_trl.rewards.batching import is_single_image, rate_pairs, read_images, sample_labels, scale_between
-
-if TYPE_CHECKING:
-    from refreward_trl.reward_model.scoring import RateJudge
+from refreward_trl.rewards.score_cache import ScoreCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -144,6 +143,14 @@ class JudgeReward(ABC):
                 scale_between(lr_image, sr_image, where=f"reward {self.__name__!r}, {label}")
         return rate_pairs(self._rate_batch, lr_images, sr_images, batch_size=self.batch_size)
 
+    @property
+    def _may_refuse(self) -> bool:
+        """Whether NaN is an answer of the judge that holds no score, and not a number gone wrong."""
+        return False
+
+    def _score_batch(self, lr_image: Tensor, sr_image: Tensor) -> Tensor:
+        return self.judge.rate(lr_image, sr_image)
+
     def _rate_batch(self, lr_image: Tensor, sr_image: Tensor) -> Tensor:
         device = self.device or _default_device(sr_image.device)
         self.judge.to(device)
@@ -151,12 +158,12 @@ class JudgeReward(ABC):
             lr_image, sr_image = lr_image.to(device), sr_image.to(device)
             if self.checkpoint and torch.is_grad_enabled() and sr_image.requires_grad:
                 scores = recompute_in_backward(
-                    self.judge.rate, lr_image, sr_image, use_reentrant=False, preserve_rng_state=False
+                    self._score_batch, lr_image, sr_image, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                scores = self.judge.rate(lr_image, sr_image)
+                scores = self._score_batch(lr_image, sr_image)
         # The pixels were checked, so the judge is at fault: as NaN it would pass for "not scored" and train nothing.
-        if not bool(scores.detach().isfinite().all()):
+        if not self._may_refuse and not bool(scores.detach().isfinite().all()):
             raise RewardError(
                 f"the judge {str(self.source)!r} gave a score that is not finite",
                 where=f"reward {self.__name__!r}",
@@ -169,11 +176,22 @@ class RefReward(JudgeReward):
     """The LR-conditioned multimodal reward model as a reward: the expected rating, differentiable in the SR pixels.
 
     Args:
-        source: `"default"`, or a folder written by `RefRewardTrainer` or `RateJudge.save_pretrained`.
+        source: `"default"`; a folder written by `RefRewardTrainer`, `MLLMJudge.save_pretrained` or stock transformers;
+            a folder with a LoRA adapter; or a name on the Hugging Face Hub.
         device: See `JudgeReward`.
         dtype: Precision of its weights (`"float32"`, `"bfloat16"`, `"float16"`); None for float32.
         batch_size: The most images per call of the judge.
         checkpoint: See `JudgeReward`.
+        ask: `"rate"`; or `"reason"`: the judge thinks in words first. Then the reward is not differentiable, and an
+            answer that holds no rating is no score.
+        spec: JSON file of the judge's spec, where its folder has none.
+        quantization: `"8bit"` or `"4bit"`; needs bitsandbytes.
+        share_lr: Let neighbouring rows with equal LR images, such as the candidates of a group, share the work on
+            them. It changes a score by rounding only.
+        cache: An SQLite file of scores to keep and look up; scores with a graph are neither.
+        batch_tokens: The most tokens per forward of the judge, if that is fewer images than `batch_size`.
+        num_samples: With `ask="reason"`, answers per image; their mean is the score.
+        temperature: With `ask="reason"`, of sampling; several samples need one above 0.
 
     Example:
         Three lines score an image:
@@ -194,29 +212,87 @@ class RefReward(JudgeReward):
         dtype: str | torch.dtype | None = None,
         batch_size: int = 16,
         checkpoint: bool = False,
+        ask: Literal["rate", "reason"] = "rate",
+        spec: str | Path | None = None,
+        quantization: Literal["8bit", "4bit"] | None = None,
+        share_lr: bool = True,
+        cache: str | Path | None = None,
+        batch_tokens: int | None = None,
+        num_samples: int = 1,
+        temperature: float = 0.0,
     ) -> None:
         super().__init__(source, device=device, batch_size=batch_size, checkpoint=checkpoint)
+        if ask not in ("rate", "reason"):
+            raise ConfigError(f"ask must be 'rate' or 'reason', got {ask!r}", where="reward 'refreward'")
         self.dtype = _read_dtype(dtype)
+        self.ask = ask
+        self.spec = spec
+        self.quantization = quantization
+        self.share_lr = share_lr
+        self.cache = cache
+        self.limits: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        self.sampling: dict[str, Any] = {"num_samples": num_samples, "temperature": temperature}
+        if ask == "rate" and (num_samples, temperature) != (1, 0.0):
+            raise ConfigError("num_samples and temperature go with ask: reason", where="reward 'refreward'")
+        self._cache: ScoreCache | None = None
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path = "default",
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        batch_size: int = 16,
-    ) -> Self:
-        """Returns the reward of a saved judge; see the class for the arguments. The judge loads at the first score."""
-        return cls(source, device=device, dtype=dtype, batch_size=batch_size)
+    def from_pretrained(cls, source: str | Path = "default", **options: Any) -> Self:
+        """Returns the reward of a judge; see the class for the arguments. The judge loads at the first score."""
+        return cls(source, **options)
 
-    def _load(self) -> RateJudge:
-        from refreward_trl.reward_model.loading import load_judge  # takes seconds: transformers
+    def _load(self) -> Judge:
+        from refreward_trl.reward_model.loading import load_judge_as  # takes seconds: transformers
+        from refreward_trl.reward_model.scoring import RateJudge
 
-        judge = load_judge(self.source)  # frozen, in eval mode
-        if self.dtype is not None:
-            judge.model.to(self.dtype)  # pyright: ignore[reportArgumentType] (transformers wraps `to` untyped)
-        return judge
+        kind: Any = RateJudge
+        options = self.limits
+        if self.ask == "reason":
+            from refreward_trl.reward_model.reasoning import ReasonJudge as kind
+
+            options = self.limits | self.sampling
+        return load_judge_as(
+            kind,
+            self.source,
+            spec=self.spec,
+            dtype=self.dtype or torch.float32,
+            quantization=self.quantization,
+            device=self.device or "cpu",
+            **options,
+        )
+
+    @property
+    def _may_refuse(self) -> bool:
+        return self.ask == "reason"
+
+    def _score_batch(self, lr_image: Tensor, sr_image: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and sr_image.requires_grad:
+            return self._ask(lr_image, sr_image)
+        cache = self._open_cache()
+        if cache is None:
+            return self._ask(lr_image, sr_image)
+        keys = [cache.key(*pair) for pair in zip(lr_image, sr_image, strict=True)]
+        known = cache.find(keys)
+        rows = [row for row, score in enumerate(known) if score is None]
+        scores = torch.tensor([math.nan if score is None else score for score in known], device=sr_image.device)
+        if rows:
+            scores[rows] = self._ask(lr_image[rows], sr_image[rows]).to(scores.dtype)
+            cache.store({keys[row]: scores[row].item() for row in rows})
+        return scores
+
+    def _ask(self, lr_image: Tensor, sr_image: Tensor) -> Tensor:
+        shared: Any = getattr(self.judge, "rate_neighbours", None) if self.share_lr else None
+        return (shared or self.judge.rate)(lr_image, sr_image)
+
+    def _open_cache(self) -> ScoreCache | None:
+        if self.cache is not None and self._cache is None:
+            judge: Any = self.judge
+            settings = f"{self.ask}|{self.dtype}|{self.quantization}|{self.sampling}"
+            self._cache = ScoreCache(self.cache, identity=f"{judge.weights_digest()}|{judge.spec.hash}|{settings}")
+        return self._cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_cache": None}
 
 
 def _read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -21,9 +21,10 @@ from refreward_trl.errors import CheckpointError, SetupError
 from refreward_trl.objectives.preference import centering_penalty, listwise_loss, pairwise_loss
 from refreward_trl.reward_model.conv import CONFIG_FILE, ConvJudge
 from refreward_trl.reward_model.loading import load_judge
-from refreward_trl.reward_model.scoring import RateJudge, batched_vision_attention
+from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.tiny import build_tiny_judge
+from refreward_trl.reward_model.vision_attention import batched_vision_attention
 from refreward_trl.trainers.distillation import Teachers
 from refreward_trl.trainers.ref_reward_batches import (
     GroupBatch,

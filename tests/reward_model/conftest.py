@@ -2,22 +2,11 @@
 
 import pytest
 import torch
+from tiny_judges import SMALL, sharpen
 
 from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.tiny import build_tiny_judge
-
-SMALL = {"vision_dim": 32, "vision_depth": 1, "vision_heads": 4, "text_dim": 32, "text_layers": 1, "text_heads": 2}
-
-
-def sharpen(judge: RateJudge) -> RateJudge:
-    """Enlarges the weights, so that the ratings of an untrained judge really depend on its input."""
-    with torch.no_grad():
-        for weight in judge.model.parameters():
-            if weight.ndim == 2:
-                weight.mul_(6.0)
-    judge.model.eval().requires_grad_(False)
-    return judge
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_judges import judge_inputs
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from refreward_trl.errors import CheckpointError
 from refreward_trl.reward_model.conv import ConvJudge
+from refreward_trl.reward_model.judge import SPEC_FILE
 from refreward_trl.reward_model.loading import load_judge
-from refreward_trl.reward_model.preprocess import JudgePrompt, judge_inputs
-from refreward_trl.reward_model.scoring import SPEC_FILE, RateJudge
+from refreward_trl.reward_model.scoring import RateJudge
 
 Images = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,7 +33,7 @@ def test_reloaded_judge_is_the_same(judge: RateJudge, folder: Path, images: Imag
 def test_stock_transformers_opens_it_with_identical_logits(judge: RateJudge, folder: Path, images: Images) -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = judge_inputs(*images, judge.spec, JudgePrompt(tokenizer, judge.spec))
+    inputs = judge_inputs(RateJudge(model, tokenizer, judge.spec), *images)
     for (name, stored), weight in zip(model.named_parameters(), judge.model.parameters(), strict=True):
         assert torch.equal(stored, weight), name
     # Not to the last bit: stock loading maps the file, and kernels round differently at unaligned addresses.

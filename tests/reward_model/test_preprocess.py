@@ -2,15 +2,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_judges import SMALL, judge_inputs
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from refreward_trl.errors import CheckpointError, DataError
 from refreward_trl.resampling import upscale
-from refreward_trl.reward_model.preprocess import JudgePrompt, judge_inputs, patchify, tile_starts
+from refreward_trl.reward_model.preprocess import patchify, tile_starts
+from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
-from refreward_trl.reward_model.tiny import build_tiny_tokenizer
+from refreward_trl.reward_model.tiny import build_tiny_judge
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def asked(spec: JudgeSpec) -> RateJudge:
+    return build_tiny_judge(**SMALL, patch=spec.patch, spec=spec)
 
 
 def random_image(height: int, width: int) -> Image.Image:
@@ -35,7 +41,7 @@ def test_patches_equal_those_of_the_stock_processor(normalised: bool) -> None:
         image_mean=list(MEAN),
         image_std=list(STD),
     )(pair, return_tensors="pt")
-    ours = judge_inputs(as_batch(pair[0]), as_batch(pair[1]), spec, JudgePrompt(build_tiny_tokenizer(), spec))
+    ours = judge_inputs(asked(spec), as_batch(pair[0]), as_batch(pair[1]))
     torch.testing.assert_close(ours["pixel_values"], stock["pixel_values"], rtol=0, atol=1e-6)
     assert ours["image_grid_thw"].tolist() == stock["image_grid_thw"].tolist()
 
@@ -43,7 +49,7 @@ def test_patches_equal_those_of_the_stock_processor(normalised: bool) -> None:
 def test_clip_holds_the_upsampled_lr_image_first() -> None:
     spec = JudgeSpec(patch=8, merge=2)
     lr_image, sr_image = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 16, 16)
-    inputs = judge_inputs(lr_image, sr_image, spec, JudgePrompt(build_tiny_tokenizer(), spec))
+    inputs = judge_inputs(asked(spec), lr_image, sr_image)
     rows = inputs["pixel_values_videos"].view(2, 4, 3, 2, 8, 8)  # image, patch, channel, frame, y, x
     torch.testing.assert_close(rows[1, 0, :, 0], upscale(lr_image, 4)[1, :, :8, :8])
     torch.testing.assert_close(rows[1, 1, :, 1], sr_image[1, :, :8, 8:])
@@ -53,9 +59,9 @@ def test_clip_holds_the_upsampled_lr_image_first() -> None:
 @pytest.mark.parametrize(("layout", "visuals"), [("clip", 1), ("images", 2)])
 def test_placeholders_match_the_grid(layout: str, visuals: int) -> None:
     spec = JudgeSpec(layout=layout)
-    prompt = JudgePrompt(build_tiny_tokenizer(), spec)
-    inputs = judge_inputs(torch.rand(3, 3, 8, 12), torch.rand(3, 3, 32, 48), spec, prompt)
-    count = (inputs["input_ids"] == prompt.placeholder_id).sum(1)
+    judge = asked(spec)
+    inputs = judge_inputs(judge, torch.rand(3, 3, 8, 12), torch.rand(3, 3, 32, 48))
+    count = (inputs["input_ids"] == judge.family.placeholder_id).sum(1)
     assert count.tolist() == [visuals * (32 // 16) * (48 // 16)] * 3
     assert (inputs["mm_token_type_ids"] > 0).sum(1).tolist() == count.tolist()
 
@@ -64,7 +70,7 @@ def test_gradient_reaches_every_pixel_of_both_images() -> None:
     spec = JudgeSpec()
     lr_image = torch.rand(1, 3, 8, 8, requires_grad=True)
     sr_image = torch.rand(1, 3, 32, 32, requires_grad=True)
-    inputs = judge_inputs(lr_image, sr_image, spec, JudgePrompt(build_tiny_tokenizer(), spec))
+    inputs = judge_inputs(asked(spec), lr_image, sr_image)
     inputs["pixel_values_videos"].sum().backward()
     assert sr_image.grad is not None
     assert torch.equal(sr_image.grad, torch.ones_like(sr_image))
@@ -82,16 +88,16 @@ def test_gradient_reaches_every_pixel_of_both_images() -> None:
 )
 def test_sizes_that_do_not_fit_are_named(lr_size: tuple, sr_size: tuple, says: str) -> None:
     spec = JudgeSpec()
-    prompt = JudgePrompt(build_tiny_tokenizer(), spec)
+    judge = asked(spec)
     with pytest.raises(DataError, match=says):
-        judge_inputs(torch.rand(1, 3, *lr_size), torch.rand(1, 3, *sr_size), spec, prompt)
+        judge_inputs(judge, torch.rand(1, 3, *lr_size), torch.rand(1, 3, *sr_size))
 
 
 def test_batches_of_different_lengths_are_refused() -> None:
     spec = JudgeSpec()
-    prompt = JudgePrompt(build_tiny_tokenizer(), spec)
+    judge = asked(spec)
     with pytest.raises(DataError, match=r"\(2, 3, 8, 8\)"):
-        judge_inputs(torch.rand(2, 3, 8, 8), torch.rand(3, 3, 32, 32), spec, prompt)
+        judge_inputs(judge, torch.rand(2, 3, 8, 8), torch.rand(3, 3, 32, 32))
 
 
 def test_patchify_keeps_every_value_once() -> None:
@@ -104,14 +110,14 @@ def test_patchify_keeps_every_value_once() -> None:
 def test_unknown_rating_token_is_named() -> None:
     spec = JudgeSpec(rating_tokens=("1", "excellent"), rating_values=(1.0, 2.0))
     with pytest.raises(CheckpointError, match="'excellent'"):
-        JudgePrompt(build_tiny_tokenizer(), spec)
+        asked(spec)
 
 
 def test_a_template_without_placeholders_is_refused() -> None:
-    tokenizer = build_tiny_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}user{% endfor %}"
+    judge = asked(JudgeSpec())
+    judge.tokenizer.chat_template = "{% for message in messages %}user{% endfor %}"
     with pytest.raises(CheckpointError, match="0 <\\|video_pad\\|> tokens"):
-        JudgePrompt(tokenizer, JudgeSpec())
+        RateJudge(judge.model, judge.tokenizer, judge.spec)
 
 
 @pytest.mark.parametrize(("size", "tile"), [(128, 128), (129, 128), (300, 128), (512, 128)])

@@ -3,13 +3,15 @@ import pickle
 
 import pytest
 import torch
+from tiny_judges import judge_inputs
 from torch.nn import functional as F
 
 from refreward_trl.errors import CheckpointError, DataError
-from refreward_trl.reward_model.preprocess import judge_inputs
-from refreward_trl.reward_model.scoring import RateJudge, batched_vision_attention, split_tiles
+from refreward_trl.reward_model.preprocess import split_tiles
+from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.tiny import build_tiny_judge
+from refreward_trl.reward_model.vision_attention import batched_vision_attention
 
 Images = tuple[torch.Tensor, torch.Tensor]
 
@@ -78,7 +80,7 @@ def test_no_graph_is_built_for_the_weights_of_a_judge_in_training(judge: RateJud
 def test_more_clips_than_tokens_per_row(judge: RateJudge) -> None:
     # transformers 5.23 raises StopIteration here unless it is told the seconds per grid.
     lr_image, sr_image = torch.rand(40, 3, 4, 4), torch.rand(40, 3, 16, 16)
-    inputs = judge_inputs(lr_image, sr_image, judge.spec, judge.prompt)
+    inputs = judge_inputs(judge, lr_image, sr_image)
     assert inputs["input_ids"].shape[1] < 40
     assert judge.model(**inputs).logits.shape[0] == len(judge.rate(lr_image, sr_image)) == 40
 
@@ -89,7 +91,7 @@ def test_positions_are_those_that_transformers_computes(
 ) -> None:
     judge = request.getfixturevalue(name)
     ours = judge.rating_logits(*images)
-    judge._position_ids = lambda inputs, height, width: None  # type: ignore[method-assign,return-value]
+    judge._position_ids = lambda prompt, visuals: None  # type: ignore[method-assign,return-value]
     torch.testing.assert_close(ours, judge.rating_logits(*images), rtol=0, atol=0)
 
 

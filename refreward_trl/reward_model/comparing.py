@@ -1,0 +1,113 @@
+"""Asking a judge which of two candidates is better: both orders are asked, so the answer is antisymmetric."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from refreward_trl.errors import CheckpointError, DataError
+from refreward_trl.reward_model.families import single_token_id
+from refreward_trl.reward_model.judge import SPEC_FILE, MLLMJudge
+from refreward_trl.reward_model.preprocess import split_tiles
+from refreward_trl.reward_model.question import JudgePrompt, shown_visuals
+from refreward_trl.reward_model.spec import JudgeSpec
+from refreward_trl.reward_model.vision_attention import batched_vision_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class CompareJudge(MLLMJudge):
+    """A judge that sees an LR image and two candidates, and says which is better.
+
+    See `MLLMJudge` for the arguments.
+
+    Raises:
+        CheckpointError: The spec has no `compare_prompt`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: JudgeSpec, **limits: Any
+    ) -> None:
+        super().__init__(model, tokenizer, spec, **limits)
+        if not spec.compare_prompt:
+            raise CheckpointError(
+                f"the judge {spec.name!r} was not made to compare: it has no compare_prompt",
+                where=SPEC_FILE,
+                fix="ask it to rate, or give a spec with compare_prompt and choice_tokens",
+            )
+        visuals = 1 if spec.layout == "clip" else 3
+        self.prompt = JudgePrompt(tokenizer, self.family, spec.compare_prompt, visuals=visuals)
+        self._choice_ids = torch.tensor([single_token_id(tokenizer, token) for token in spec.choice_tokens])
+
+    def choice_logits(
+        self,
+        lr_image: Float[Tensor, "b 3 h w"],
+        first: Float[Tensor, "b 3 H W"],
+        second: Float[Tensor, "b 3 H W"],
+        *,
+        model: nn.Module | None = None,
+    ) -> Float[Tensor, "b 2"]:
+        """Returns the logits of the two choices, asked in this order only; one tile per row.
+
+        Args:
+            lr_image: float pixels in [0, 1].
+            first, second: float pixels in [0, 1]; sides multiples of `spec.pixel_multiple`.
+            model: The module to call instead of `self.model`.
+        """
+        visuals = shown_visuals(lr_image, [first, second], self.spec)
+        return self.answer_logits(self.prompt, visuals, self._choice_ids, model=model)
+
+    def compare(
+        self,
+        lr_image: Float[Tensor, "b 3 h w"],
+        first: Float[Tensor, "b 3 H W"],
+        second: Float[Tensor, "b 3 H W"],
+    ) -> Float[Tensor, " b"]:
+        """Returns the log odds that `first` is the better one, the mean over tiles and both orders.
+
+        `compare(lr, a, b) == -compare(lr, b, a)` whatever the judge prefers by position. A graph reaches the pixels of
+        a candidate that requires grad.
+
+        Raises:
+            DataError: Sizes that do not fit each other.
+        """
+        if first.shape != second.shape:
+            raise DataError(
+                f"candidates of {tuple(first.shape)} and {tuple(second.shape)}",
+                where="judge input",
+                fix="compare candidates of one size",
+            )
+        wants_graph = first.requires_grad or second.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wants_graph), batched_vision_attention(self.model):
+            lr_tiles, first_tiles, count = self._tiles(lr_image, first)
+            second_tiles = self._tiles(lr_image, second)[1]
+            visuals = shown_visuals(lr_tiles[:1].detach(), [first_tiles[:1].detach()] * 2, self.spec)
+            rows = max(1, self.rows_per_forward(self.prompt, visuals) // 2)
+            parts = zip(lr_tiles.split(rows), first_tiles.split(rows), second_tiles.split(rows), strict=True)
+            odds = torch.cat([self._both_orders(*part) for part in parts])
+            return odds.view(-1, count).mean(dim=1).to(first.device)
+
+    def win_rates(self, lr_image: Float[Tensor, "3 h w"], candidates: Float[Tensor, "k 3 H W"]) -> Float[Tensor, " k"]:
+        """Returns for each candidate of one LR image its mean probability of being better than each of the others."""
+        count = len(candidates)
+        left, right = torch.triu_indices(count, count, offset=1)
+        odds = self.compare(lr_image.expand(len(left), -1, -1, -1), candidates[left], candidates[right])
+        wins = torch.zeros(count, count, device=odds.device)
+        wins[left, right] = odds.sigmoid()
+        wins[right, left] = (-odds).sigmoid()
+        return wins.sum(dim=1) / max(1, count - 1)
+
+    def _both_orders(self, lr_image: Tensor, first: Tensor, second: Tensor) -> Float[Tensor, " b"]:
+        logits = self.choice_logits(
+            torch.cat([lr_image, lr_image]), torch.cat([first, second]), torch.cat([second, first])
+        )
+        forward, backward = (logits[:, 0] - logits[:, 1]).chunk(2)
+        return (forward - backward) / 2
+
+    def _tiles(self, lr_image: Tensor, sr_image: Tensor) -> tuple[Tensor, Tensor, int]:
+        device = self.device
+        return split_tiles(lr_image.to(device), sr_image.to(device), self.spec, square=self.family.square)
