@@ -1,4 +1,4 @@
-"""Preference groups: the K candidates of one LR image and which of them is better, and pairs for evaluation."""
+"""Preferences: groups of candidates of one LR image, their files, pairs for evaluation, and datasets of groups."""
 
 from __future__ import annotations
 
@@ -6,43 +6,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from refreward_trl.data.preference_files import read_preferences, write_preferences
+from refreward_trl.data.preference_records import (
+    ASPECTS,
+    Candidate,
+    OrderedPair,
+    PreferenceChoice,
+    PreferenceGroup,
+    PreferenceRecord,
+)
 
-@dataclass(frozen=True)
-class PreferenceGroup:
-    """The candidates of one LR image with a partial order known by construction or given by a named source.
-
-    Attributes:
-        sample_id: Group key, `"<photo>@<draw>"`.
-        photo: Name of the photo; the cluster for confidence intervals and for splits.
-        lr_image: uint8 `(3, h, w)`.
-        candidates: uint8 `(K, 3, H, W)`.
-        better_worse: Index pairs `(better, worse)` into `candidates`.
-        kinds: How each candidate was made.
-        source: Where the order comes from: `"constructed"`, or the name of a metric. Human only if people were asked.
-    """
-
-    sample_id: str
-    photo: str
-    lr_image: UInt8[Tensor, "3 h w"]
-    candidates: UInt8[Tensor, "k 3 H W"]
-    better_worse: tuple[tuple[int, int], ...]
-    kinds: tuple[str, ...]
-    source: str = "constructed"
-
-    def as_row(self) -> dict[str, Any]:
-        """Returns the dataset row that `RefRewardTrainer` collates."""
-        return {
-            "sample_id": self.sample_id,
-            "lr_image": self.lr_image,
-            "candidates": self.candidates,
-            "better_worse": torch.tensor(self.better_worse, dtype=torch.long).reshape(-1, 2),
-            "kinds": list(self.kinds),
-        }
+__all__ = [
+    "ASPECTS",
+    "CachedGroups",
+    "Candidate",
+    "GroupDataset",
+    "OrderedPair",
+    "PreferenceChoice",
+    "PreferenceGroup",
+    "PreferencePair",
+    "PreferenceRecord",
+    "read_preferences",
+    "write_preferences",
+]
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import UInt8
 from PIL.Image import DecompressionBombError
-from torch import Tensor
 
-from refreward_trl.data.images import decode_image, list_images, read_image, read_size
+from refreward_trl.data.image_sources import ImageCell, ImageFile, ImageSource, check_path
+from refreward_trl.data.images import list_images
 from refreward_trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -39,70 +37,6 @@ _LAYOUTS = (
 )
 
 
-class ImageSource(Protocol):
-    """One image that has not been read yet."""
-
-    @property
-    def where(self) -> str:
-        """Names the image in errors: a file, or a row and column."""
-        ...
-
-    def size(self) -> tuple[int, int]:
-        """Returns (height, width) from the header."""
-        ...
-
-    def read(self) -> UInt8[Tensor, "3 H W"]:
-        """Decodes the image."""
-        ...
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file."""
-
-    path: Path
-
-    @property
-    def where(self) -> str:
-        return str(self.path)
-
-    def size(self) -> tuple[int, int]:
-        return read_size(self.path)
-
-    def read(self) -> UInt8[Tensor, "3 H W"]:
-        return read_image(self.path)
-
-
-@dataclass(frozen=True)
-class ImageCell:
-    """An image in a Hugging Face dataset; `table` holds that one column, undecoded, as `{"bytes", "path"}`."""
-
-    table: Dataset
-    dataset: str
-    column: str
-    row: int
-
-    @property
-    def where(self) -> str:
-        return f"{self.dataset}: row {self.row}, column {self.column}"
-
-    def size(self) -> tuple[int, int]:
-        return read_size(self._content(), where=self.where)
-
-    def read(self) -> UInt8[Tensor, "3 H W"]:
-        content = self._content()
-        return decode_image(content, where=self.where) if isinstance(content, bytes) else read_image(content)
-
-    def _content(self) -> bytes | Path:
-        cell: dict[str, Any] | None = self.table[self.row][self.column]
-        if cell is None or (cell["bytes"] is None and not cell["path"]):
-            raise DataError("the cell is empty", where=self.where, fix="fill it, or drop the row")
-        if cell["bytes"] is not None:
-            return cell["bytes"]
-        _check_path(cell["path"], self.dataset, self.where)
-        return Path(cell["path"])
-
-
 @dataclass(frozen=True)
 class OtherColumns:
     """What a row of a Hugging Face dataset holds besides the pair, or nothing."""
@@ -119,7 +53,7 @@ class OtherColumns:
         # `datasets` would open any file, and fetch any address, that a cell names.
         stored: Any = self.table.with_format("arrow")[self.row : self.row + 1]
         for path in _paths(stored.to_pylist()):
-            _check_path(path, self.dataset, where)
+            check_path(path, self.dataset, where)
         try:
             return dict(self.table[self.row])
         except (OSError, ValueError, SyntaxError, TypeError, DecompressionBombError) as error:
@@ -138,19 +72,6 @@ def _paths(value: Any) -> Iterator[str]:
         value = list(value.values())
     for entry in value if isinstance(value, list) else ():
         yield from _paths(entry)
-
-
-def _check_path(path: str, dataset: str, where: str) -> None:
-    """Raises `DataError` if a cell's path leads out of its dataset. A link inside that leads out is the user's own."""
-    root = Path(dataset).parent if Path(dataset).is_file() else Path(dataset)
-    if "\0" in path or not any(
-        as_seen(path).startswith(as_seen(root) + os.sep) for as_seen in (os.path.abspath, os.path.realpath)
-    ):
-        raise DataError(
-            f"the path {path} leads out of the dataset".replace("\0", "\\0"),
-            where=where,
-            fix="store the images themselves",
-        )
 
 
 @dataclass(frozen=True)
@@ -314,16 +235,16 @@ def _is_huggingface(path: Path) -> bool:
     if path.is_file():
         return True
     names = ("dataset_info.json", "dataset_dict.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
-    return any((path / name).is_file() for name in names) or bool(_parquet_files(path))
+    return any((path / name).is_file() for name in names) or bool(parquet_files(path))
 
 
-def _parquet_files(folder: Path) -> list[Path]:
+def parquet_files(folder: Path) -> list[Path]:
     """Finds parquet files where `datasets` and the Hub put them: in the folder, or in its `data` subfolder."""
     return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
 
 
 def _huggingface_pairs(path: Path, split: str | None) -> list[PairSource]:
-    table = _load_table(path, split)
+    table = load_table(path, split)
     present = [name for name in IMAGE_COLUMNS if name in table.column_names]
     if not present:
         near = difflib.get_close_matches("hr_image", table.column_names, n=1, cutoff=0.4)
@@ -344,7 +265,7 @@ def _huggingface_pairs(path: Path, split: str | None) -> list[PairSource]:
         )
     if len(table) == 0:
         raise DataError("the dataset has no rows", where=str(path))
-    cells: dict[str, Sequence[ImageCell | None]] = {name: _image_cells(table, name, str(path)) for name in present}
+    cells: dict[str, Sequence[ImageCell | None]] = {name: image_cells(table, name, str(path)) for name in present}
     if "sample_id" in table.column_names:
         _check_ids(table["sample_id"], str(path))
         photos = [str(name) for name in table["sample_id"]]
@@ -374,7 +295,8 @@ def _check_ids(names: Sequence[Any], where: str) -> None:
     report_problems(problems, len(names), where)
 
 
-def _image_cells(table: Dataset, column: str, where: str) -> list[ImageCell]:
+def image_cells(table: Dataset, column: str, where: str) -> list[ImageCell]:
+    """Returns the images of a column, one for each row. Raises `DataError` if it holds no images."""
     from datasets import Image, Value
 
     feature = table.features[column]
@@ -391,16 +313,16 @@ def _image_cells(table: Dataset, column: str, where: str) -> list[ImageCell]:
     return [ImageCell(single, where, column, row) for row in range(len(single))]
 
 
-def _load_table(path: Path, split: str | None) -> Dataset:
+def load_table(path: Path, split: str | None) -> Dataset:
     import datasets
     import pyarrow
     from datasets.exceptions import DatasetsError
 
     try:
-        if path.is_file() or _parquet_files(path):
-            files = [path] if path.is_file() else _parquet_files(path)
+        if path.is_file() or parquet_files(path):
+            files = [path] if path.is_file() else parquet_files(path)
             _check_unpacked_size(files)
-            loaded: Any = datasets.load_dataset("parquet", data_files=_split_files(files))
+            loaded: Any = datasets.load_dataset("parquet", data_files=split_files(files))
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             _check_saved_files(path)
             loaded = datasets.load_from_disk(str(path))
@@ -453,7 +375,7 @@ def _saved(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _split_files(files: list[Path]) -> dict[str, list[str]]:
+def split_files(files: list[Path]) -> dict[str, list[str]]:
     """Groups parquet files by split, which the Hub writes before the first dash: `train-00000-of-00002.parquet`."""
     splits: dict[str, list[str]] = {}
     for file in files:
