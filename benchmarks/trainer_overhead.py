@@ -48,9 +48,10 @@ from refreward_trl.trainers.ddpo_config import SRDDPOConfig
 from refreward_trl.trainers.ddpo_trainer import SRDDPOTrainer
 from refreward_trl.trainers.finetune_config import SRFinetuneConfig
 from refreward_trl.trainers.finetune_trainer import SRFinetuneTrainer
+from refreward_trl.trainers.judge_setup import open_judge
 from refreward_trl.trainers.ref_reward_batches import augment_groups, collate_groups, ends_of_order, flat_pairs
 from refreward_trl.trainers.ref_reward_config import RefRewardConfig
-from refreward_trl.trainers.ref_reward_trainer import RefRewardTrainer, open_judge
+from refreward_trl.trainers.ref_reward_trainer import RefRewardTrainer
 from refreward_trl.trainers.refl_config import SRReFLConfig
 from refreward_trl.trainers.refl_trainer import SRReFLTrainer
 

@@ -94,16 +94,16 @@ def byte_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def family_network(family: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Any:
-    """An untrained network of a stock class with about 100 thousand parameters."""
+def family_network(family: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, width: int = 32) -> Any:
+    """An untrained network of a stock class with about 100 thousand parameters at width 32."""
     ids = tokenizer.get_vocab()
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 16,
         "max_position_embeddings": 4096,
         "pad_token_id": ids["<|endoftext|>"],
         "bos_token_id": ids["<|endoftext|>"],
@@ -174,10 +174,10 @@ def _qwen2_5(text: dict[str, Any], ids: dict[str, int]) -> Qwen2_5_VLConfig:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
     vision = {
         "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": text["hidden_size"],
+        "intermediate_size": text["intermediate_size"],
         "num_heads": 2,
-        "out_hidden_size": 32,
+        "out_hidden_size": text["hidden_size"],
         "patch_size": 8,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -191,10 +191,10 @@ def _qwen3(text: dict[str, Any], ids: dict[str, int]) -> Qwen3VLConfig:
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 1e4}
     vision = {
         "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": text["hidden_size"],
+        "intermediate_size": text["intermediate_size"],
         "num_heads": 2,
-        "out_hidden_size": 32,
+        "out_hidden_size": text["hidden_size"],
         "patch_size": 8,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,

@@ -7,6 +7,9 @@ group counts the same however many pairs it has, and a group without a usable pa
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -14,6 +17,9 @@ from torch import Tensor
 
 from refreward_trl.errors import DataError
 from refreward_trl.types import LossOutput
+
+_LEAST = 1e-7
+"""Probabilities stay this far from 0 and 1, where a square root has no slope."""
 
 
 def pairs_from_ranks(ranks: Int[Tensor, "g k"]) -> Int[Tensor, "p 2"]:
@@ -31,42 +37,57 @@ def pairwise_loss(
     scores: Float[Tensor, "g k"],
     better: Int[Tensor, "p 2"],
     *,
+    targets: Float[Tensor, " p"] | None = None,
     weights: Float[Tensor, " p"] | None = None,
+    margins: Float[Tensor, " p"] | None = None,
     temperature: Float[Tensor, ""] | float = 1.0,
 ) -> LossOutput:
-    """Returns the Bradley-Terry loss: `-log sigmoid((score of better - score of worse) / temperature)`.
+    """Returns the Bradley-Terry loss: cross entropy of `sigmoid((score of better - score of worse) / temperature)`.
 
     Averaged over the pairs of a group, then over groups.
 
     Args:
         scores: `(groups, candidates)` with their graph; pairs with a NaN score are left out.
         better: `(pairs, 2)`, indices (better, worse) into `scores.flatten()`; see `pairs_from_ranks`.
+        targets: Probability that the first of each pair is the better one: 1 (the default), or 0.5 for a tie.
         weights: One per pair, for instance the share of raters who agree; not renormalised.
+        margins: By how much, in units of the score, the better one has to lead; TRL's `margin`.
         temperature: Above 0; may be learnable (pass `log_temperature.exp()`).
 
     Returns:
-        The loss with metrics `accuracy` (ties count one half), `margin` (in units of the score) and `mean_reward`.
+        The loss with metrics `accuracy` (over ordered pairs; equal scores count one half), `margin` (in units of the
+        score) and `mean_reward`.
 
     Raises:
         DataError: If a pair joins candidates of two groups.
     """
-    groups, candidates = scores.shape
-    group = better[:, 0] // candidates
-    if (group != better[:, 1] // candidates).any():
-        raise DataError(
-            "a preference pair joins candidates of two LR images",
-            where="better",
-            fix="index pairs within one row of the score matrix, as pairs_from_ranks does",
-        )
-    flat = scores.float().flatten()
-    margin = flat[better[:, 0]] - flat[better[:, 1]]
-    usable = margin.isfinite()
-    per_pair = F.softplus(-margin.masked_fill(~usable, 0.0) / temperature).masked_fill(~usable, 0.0)
-    if weights is not None:
-        per_pair = per_pair * weights.detach().float()
-    total = flat.new_zeros(groups).index_add(0, group, per_pair)
-    count = flat.new_zeros(groups).index_add(0, group, usable.float())
-    return LossOutput(loss=(total / count.clamp(min=1)).mean(), metrics=_metrics(flat, margin[usable]))
+    pairs = _score_pairs(scores, better, targets)
+    lead = pairs.difference if margins is None else pairs.difference - margins.detach()
+    lead = lead / temperature
+    loss = pairs.target * F.softplus(-lead) + (1 - pairs.target) * F.softplus(lead)
+    return pairs.output(loss, weights)
+
+
+def fidelity_loss(
+    scores: Float[Tensor, "g k"],
+    better: Int[Tensor, "p 2"],
+    *,
+    targets: Float[Tensor, " p"] | None = None,
+    weights: Float[Tensor, " p"] | None = None,
+    temperature: Float[Tensor, ""] | float = 1.0,
+) -> LossOutput:
+    """Returns Thurstone's model under the fidelity loss: `1 - sqrt(p g) - sqrt((1 - p)(1 - g))`.
+
+    `p = Phi((score of better - score of worse) / (sqrt(2) temperature))` is the probability that the first one is
+    better if every score has a normal error of standard deviation `temperature` (Thurstone's case V), `g` the target.
+    Bounded, so that one mislabelled pair cannot rule a batch (Tsai et al., FRank, 2007; Zhang et al., UNIQUE, 2021).
+
+    Args: As in `pairwise_loss`. Returns: As `pairwise_loss`. Raises: As `pairwise_loss`.
+    """
+    pairs = _score_pairs(scores, better, targets)
+    likely = torch.special.ndtr(pairs.difference / (math.sqrt(2) * temperature)).clamp(_LEAST, 1 - _LEAST)
+    overlap = (likely * pairs.target).sqrt() + ((1 - likely) * (1 - pairs.target)).sqrt()
+    return pairs.output(1 - overlap, weights)
 
 
 def listwise_loss(
@@ -112,6 +133,55 @@ def _beats(ranks: Tensor) -> Bool[Tensor, "g k k"]:
     ranked = ranks >= 0
     lower = ranks[:, :, None] < ranks[:, None, :]
     return lower & ranked[:, :, None] & ranked[:, None, :]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of candidates with their scores.
+
+    Attributes:
+        scores: All scores `(g k,)`.
+        groups: Number of groups.
+        group: Group of each pair `(p,)`.
+        difference: Score of the first less that of the second `(p,)`; 0 where one of them is NaN.
+        usable: Whether both have a score `(p,)`.
+        target: Probability that the first is better `(p,)`.
+    """
+
+    scores: Tensor
+    groups: int
+    group: Tensor
+    difference: Tensor
+    usable: Tensor
+    target: Tensor
+
+    def output(self, loss: Tensor, weights: Tensor | None) -> LossOutput:
+        """Averages a loss per pair over the pairs of each group, then over groups."""
+        loss = loss.masked_fill(~self.usable, 0.0)
+        if weights is not None:
+            loss = loss * weights.detach().float()
+        total = self.scores.new_zeros(self.groups).index_add(0, self.group, loss)
+        count = self.scores.new_zeros(self.groups).index_add(0, self.group, self.usable.float())
+        ordered = self.usable & (self.target == 1)
+        return LossOutput(
+            loss=(total / count.clamp(min=1)).mean(), metrics=_metrics(self.scores, self.difference[ordered])
+        )
+
+
+def _score_pairs(scores: Tensor, better: Tensor, targets: Tensor | None) -> _Pairs:
+    groups, candidates = scores.shape
+    group = better[:, 0] // candidates
+    if (group != better[:, 1] // candidates).any():
+        raise DataError(
+            "a preference pair joins candidates of two LR images",
+            where="better",
+            fix="index pairs within one row of the score matrix, as pairs_from_ranks does",
+        )
+    flat = scores.float().flatten()
+    difference = flat[better[:, 0]] - flat[better[:, 1]]
+    usable = difference.isfinite()
+    target = torch.ones_like(difference) if targets is None else targets.detach().to(difference)
+    return _Pairs(flat, groups, group, difference.masked_fill(~usable, 0.0), usable, target)
 
 
 def _metrics(scores: Tensor, margins: Tensor) -> dict[str, Tensor | float]:

@@ -90,8 +90,11 @@ def open_network(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, JudgeSpec]:
-    """Opens network, tokenizer and spec of a judge; see `load_judge_as` for the arguments and errors."""
+) -> tuple[Any, PreTrainedTokenizerBase, JudgeSpec]:
+    """Opens network (a `PreTrainedModel`, or a `PeftModel` that could not be merged), tokenizer and spec of a judge.
+
+    See `load_judge_as` for the arguments and errors.
+    """
     folder = find_folder(source)
     if (folder / CONV_CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -154,7 +157,7 @@ def _base_of(adapter: Path) -> Path:
     return find_folder(base)
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Path, *, merge: bool) -> PreTrainedModel:
+def _with_adapter(model: PreTrainedModel, adapter: Path, *, merge: bool) -> Any:
     from peft import PeftModel  # takes seconds
 
     try:

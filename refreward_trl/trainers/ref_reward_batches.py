@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from refreward_trl.errors import DataError
@@ -16,39 +16,83 @@ MISSING = -1
 """Fills up the pairs of a group that has fewer than others, and marks a candidate without a rank."""
 
 _COLUMNS = ("sample_id", "lr_image", "candidates", "better_worse", "kinds")
+_PER_PAIR = {"weights": "better_worse", "margins": "better_worse", "tie_weights": "ties"}
+"""Optional columns with one number per row of another one, and which."""
 
 
 class GroupBatch(TypedDict):
     """Stacked preference groups.
 
-    `lr_image` uint8 `(g, 3, h, w)`, `candidates` uint8 `(g, K, 3, H, W)`, `better_worse` int64 `(g, P, 2)` padded with
-    `MISSING`, `kinds` one list of K names per group.
+    `lr_image` uint8 `(g, 3, h, w)`, `candidates` uint8 `(g, K, 3, H, W)`, `present` bool `(g, K)`: whether the
+    candidate is one of the group's, or fills up a group that has fewer than others; `better_worse` int64 `(g, P, 2)`
+    and `ties` int64 `(g, T, 2)`, padded with `MISSING`; `weights` and `margins` float `(g, P)`, `tie_weights` float
+    `(g, T)`; `kinds` one list of names per group.
     """
 
     sample_id: list[str]
     lr_image: Tensor
     candidates: Tensor
+    present: Tensor
     better_worse: Tensor
+    weights: Tensor
+    margins: Tensor
+    ties: Tensor
+    tie_weights: Tensor
     kinds: list[list[str]]
 
 
+class LabelledPairs(NamedTuple):
+    """Pairs of candidates of a batch as indices into flattened scores, each with target, weight and margin."""
+
+    pairs: Int[Tensor, "p 2"]
+    targets: Float[Tensor, " p"]
+    weights: Float[Tensor, " p"]
+    margins: Float[Tensor, " p"]
+
+
 def collate_groups(rows: Sequence[Mapping[str, Any]]) -> GroupBatch:
-    """Stacks preference groups of one size and one number of candidates.
+    """Stacks preference groups of one image size; a group with fewer candidates than others is filled up.
+
+    The columns `ties`, `weights`, `margins` and `tie_weights` may be missing: no ties, weights 1, margins 0.
 
     Raises:
         DataError: A missing column, sizes that differ, or a pair that does not name two candidates; names the sample.
     """
     for row in rows:
         _check_row(row, rows[0])
-    pairs = [torch.as_tensor(row["better_worse"], dtype=torch.long).reshape(-1, 2) for row in rows]
-    padded = torch.nn.utils.rnn.pad_sequence(pairs, batch_first=True, padding_value=MISSING)
+    counts = [len(row["candidates"]) for row in rows]
+    most = max(counts)
     return GroupBatch(
         sample_id=[row["sample_id"] for row in rows],
         lr_image=torch.stack([row["lr_image"] for row in rows]),
-        candidates=torch.stack([row["candidates"] for row in rows]),
-        better_worse=padded,
+        candidates=torch.stack([_filled_up(row["candidates"], most) for row in rows]),
+        present=torch.arange(most) < torch.tensor(counts)[:, None],
+        better_worse=_padded([_indices(row, "better_worse") for row in rows], MISSING),
+        weights=_padded([_numbers(row, "weights", 1.0) for row in rows], 0.0),
+        margins=_padded([_numbers(row, "margins", 0.0) for row in rows], 0.0),
+        ties=_padded([_indices(row, "ties") for row in rows], MISSING),
+        tie_weights=_padded([_numbers(row, "tie_weights", 1.0) for row in rows], 0.0),
         kinds=[list(row["kinds"]) for row in rows],
     )
+
+
+def _indices(row: Mapping[str, Any], name: str) -> Int[Tensor, "p 2"]:
+    return torch.as_tensor(row.get(name, ()), dtype=torch.long).reshape(-1, 2)
+
+
+def _numbers(row: Mapping[str, Any], name: str, default: float) -> Tensor:
+    count = len(_indices(row, _PER_PAIR[name]))
+    if row.get(name) is None:
+        return torch.full((count,), default)
+    return torch.as_tensor(row[name], dtype=torch.float32).reshape(-1)
+
+
+def _padded(values: list[Tensor], padding: float) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
+
+
+def _filled_up(candidates: Tensor, count: int) -> Tensor:
+    return torch.cat([candidates, candidates[-1:].expand(count - len(candidates), -1, -1, -1)])
 
 
 def _check_row(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
@@ -56,34 +100,51 @@ def _check_row(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     if missing := [name for name in _COLUMNS if name not in row]:
         raise DataError(f"the row has no column {' and '.join(missing)}; there are: {', '.join(row)}", where=where)
     for name in ("lr_image", "candidates"):
-        if row[name].shape != first[name].shape:
+        if row[name].shape[-3:] != first[name].shape[-3:]:
             raise DataError(
                 f"{name} has shape {tuple(row[name].shape)}, and {tuple(first[name].shape)} in sample "
                 f"{first['sample_id']} of the same batch",
                 where=where,
-                fix="give all groups one image size and one number of candidates, or use batches of one group",
+                fix="give all groups one image size, or use batches of one group",
             )
     count = len(row["candidates"])
     if len(row["kinds"]) != count:
         raise DataError(f"{len(row['kinds'])} kinds for {count} candidates", where=where)
-    pairs = torch.as_tensor(row["better_worse"], dtype=torch.long).reshape(-1, 2)
-    if len(pairs) == 0:
-        raise DataError("the group orders no two candidates", where=where, fix="leave such groups out")
-    bad = ((pairs < 0) | (pairs >= count)).any(1) | (pairs[:, 0] == pairs[:, 1])
-    if bad.any():
-        pair = tuple(pairs[bad][0].tolist())
-        raise DataError(f"better_worse has the pair {pair}, but there are candidates 0 to {count - 1}", where=where)
+    if len(_indices(row, "better_worse")) + len(_indices(row, "ties")) == 0:
+        raise DataError("the group compares no two candidates", where=where, fix="leave such groups out")
+    for name in ("better_worse", "ties"):
+        pairs = _indices(row, name)
+        bad = ((pairs < 0) | (pairs >= count)).any(1) | (pairs[:, 0] == pairs[:, 1])
+        if bad.any():
+            pair = tuple(pairs[bad][0].tolist())
+            raise DataError(f"{name} has the pair {pair}, but there are candidates 0 to {count - 1}", where=where)
+    _check_numbers(row, where)
+
+
+def _check_numbers(row: Mapping[str, Any], where: str) -> None:
+    for name, pairs_of in _PER_PAIR.items():
+        numbers = _numbers(row, name, 1.0)
+        if len(numbers) != len(_indices(row, pairs_of)):
+            raise DataError(f"{len(numbers)} {name} for {len(_indices(row, pairs_of))} {pairs_of}", where=where)
+        if not bool((numbers.isfinite() & (numbers >= 0)).all()):
+            raise DataError(f"{name} must be numbers from 0 on, got {numbers.tolist()}", where=where)
 
 
 def one_group(batch: GroupBatch, index: int) -> GroupBatch:
     """Returns group `index` as a batch of one."""
-    part = slice(index, index + 1)
-    return GroupBatch(
-        sample_id=batch["sample_id"][part],
-        lr_image=batch["lr_image"][part],
-        candidates=batch["candidates"][part],
-        better_worse=batch["better_worse"][part],
-        kinds=batch["kinds"][part],
+    return cast(GroupBatch, {name: values[index : index + 1] for name, values in cast(dict, batch).items()})
+
+
+def labelled_pairs(batch: GroupBatch, candidates: int) -> LabelledPairs:
+    """Returns the ordered pairs and after them the ties, as the losses of `objectives.preference` take them."""
+    ordered, ties = (flat_pairs(batch[name], candidates) for name in ("better_worse", "ties"))
+    there, tied = (batch[name][..., 0] != MISSING for name in ("better_worse", "ties"))
+    margins = batch["margins"][there]
+    return LabelledPairs(
+        pairs=torch.cat([ordered, ties]),
+        targets=torch.cat([torch.ones_like(margins), margins.new_full((len(ties),), 0.5)]),
+        weights=torch.cat([batch["weights"][there], batch["tie_weights"][tied]]),
+        margins=torch.cat([margins, margins.new_zeros(len(ties))]),
     )
 
 

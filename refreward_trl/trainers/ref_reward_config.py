@@ -21,12 +21,37 @@ class RefRewardConfig(RunConfig):
     judge: str = field(
         default="new",
         metadata={
-            "help": "'new' (tiny untrained judge), 'conv' (untrained convolutional judge), 'default', or a folder"
+            "help": "'new' (tiny untrained judge), 'conv' (untrained convolutional judge), 'default', a folder with a "
+            "judge or a multimodal LLM, or its name on the hub"
         },
     )
-    loss_type: Literal["pairwise", "listwise"] = field(
+    judge_spec: str | None = field(
+        default=None, metadata={"help": "JSON file with how a multimodal LLM is asked; by default in plain words"}
+    )
+    quantization: Literal["8bit", "4bit"] | None = field(
+        default=None, metadata={"help": "load the judge's weights in 8 or 4 bit (bitsandbytes); needs use_peft"}
+    )
+    judge_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "precision of the judge's weights; those of an adapter are float32"}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter; false trains all weights"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the LoRA adapter"})
+    lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout in the LoRA adapter"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "layers that get a LoRA adapter; all linear layers of the LLM by default"}
+    )
+    freeze_vision: bool = field(default=False, metadata={"help": "leave the vision tower as it is"})
+    loss_type: Literal["pairwise", "listwise", "fidelity"] = field(
         default="pairwise",
-        metadata={"help": "pairwise takes any order; listwise needs groups in which all candidates are ranked"},
+        metadata={
+            "help": "pairwise (Bradley-Terry) and fidelity (Thurstone) take any order; listwise (Plackett-Luce) needs "
+            "groups in which all candidates are ranked"
+        },
+    )
+    aspect: Literal["overall", "consistency", "naturalness"] = field(
+        default="overall",
+        metadata={"help": "which labels are learned; a judge that is asked per aspect is asked for this one"},
     )
     temperature: float = field(
         default=0.5, metadata={"help": "score difference at which a preference counts as clear, at the start"}
@@ -51,7 +76,20 @@ class RefRewardConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("loss_type", self.loss_type, ("pairwise", "listwise"))
+        check_choice("loss_type", self.loss_type, ("pairwise", "listwise", "fidelity"))
+        check_choice("aspect", self.aspect, ("overall", "consistency", "naturalness"))
+        check_choice("judge_dtype", self.judge_dtype, ("float32", "bfloat16"))
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, ("8bit", "4bit"))
+            if not self.use_peft:
+                raise ConfigError(
+                    f"{self.quantization} weights cannot be trained", where="quantization", fix="set use_peft: true"
+                )
+        if self.use_peft and self.judge == "conv":
+            raise ConfigError("a convolutional judge takes no LoRA adapter", where="use_peft", fix="set it to false")
+        check_range("lora_r", self.lora_r, low=1)
+        check_range("lora_alpha", self.lora_alpha, low=0.0, low_included=False)
+        check_range("lora_dropout", self.lora_dropout, low=0.0, high=1.0)
         check_range("temperature", self.temperature, low=0.0, low_included=False)
         check_range("center_rewards_coefficient", self.center_rewards_coefficient, low=0.0)
         if untrained := {"new", "conv"}.intersection(self.teachers or ()):

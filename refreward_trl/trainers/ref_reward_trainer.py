@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,20 +18,20 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from refreward_trl.data.images import to_float
 from refreward_trl.errors import CheckpointError, SetupError
-from refreward_trl.objectives.preference import centering_penalty, listwise_loss, pairwise_loss
-from refreward_trl.reward_model.conv import CONFIG_FILE, ConvJudge
-from refreward_trl.reward_model.loading import load_judge
+from refreward_trl.objectives.preference import centering_penalty, fidelity_loss, listwise_loss, pairwise_loss
+from refreward_trl.reward_model.conv import ConvJudge
 from refreward_trl.reward_model.scoring import RateJudge
-from refreward_trl.reward_model.spec import JudgeSpec
-from refreward_trl.reward_model.tiny import build_tiny_judge
 from refreward_trl.reward_model.vision_attention import batched_vision_attention
 from refreward_trl.trainers.distillation import Teachers
+from refreward_trl.trainers.judge_adapter import has_adapter, save_adapted
+from refreward_trl.trainers.judge_setup import asked_aspect, choose_weights, open_judge
 from refreward_trl.trainers.ref_reward_batches import (
     GroupBatch,
     augment_groups,
     collate_groups,
     ends_of_order,
     flat_pairs,
+    labelled_pairs,
     one_group,
     ranks_from_pairs,
 )
@@ -40,8 +40,8 @@ from refreward_trl.trainers.resumable import ResumableTrainer
 from refreward_trl.trainers.self_check import DeepSpeedStepGuard
 from refreward_trl.types import LossOutput
 
-NEW_JUDGE_TILE = 64
-"""Tile of the judge `"new"` in pixels: small enough to learn from thousands of groups on a CPU."""
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class PreferenceModel(nn.Module):
@@ -53,10 +53,19 @@ class PreferenceModel(nn.Module):
         judge: The judge whose network is trained in place.
         temperature: Its start, above 0.
         learn_temperature: Whether it is trained.
+        aspect: What a judge that is asked per aspect is asked for; None for all of them.
     """
 
-    def __init__(self, judge: RateJudge | ConvJudge, *, temperature: float, learn_temperature: bool) -> None:
+    def __init__(
+        self,
+        judge: RateJudge | ConvJudge,
+        *,
+        temperature: float,
+        learn_temperature: bool,
+        aspect: str | None = None,
+    ) -> None:
         super().__init__()
+        self._aspect = aspect
         self.network: nn.Module = judge if isinstance(judge, ConvJudge) else judge.model
         # In a tuple, because a ConvJudge is a module and would be registered twice.
         self._judge = (judge,)
@@ -69,7 +78,7 @@ class PreferenceModel(nn.Module):
         """Returns one score per image and the temperature."""
         judge = self._judge[0]
         if isinstance(judge, RateJudge):
-            scores = judge.expected_rating(lr_image, sr_image, model=self.network)
+            scores = judge.expected_rating(lr_image, sr_image, aspect=self._aspect, model=self.network)
         else:
             scores = self.network(lr_image, sr_image)
         return scores.float(), self.log_temperature.float().exp().squeeze()
@@ -94,8 +103,9 @@ class RefRewardTrainer(ResumableTrainer):
     """Trains a judge so that its scores order the candidates of an LR image as the preferences do.
 
     Rows of a dataset are preference groups: `sample_id`, `lr_image` uint8 `(3, h, w)`, `candidates` uint8
-    `(K, 3, H, W)`, `better_worse` index pairs `(P, 2)`, `kinds` K names. The candidates of one batch have one size, a
-    multiple of the judge's patch grid, and one K.
+    `(K, 3, H, W)`, `better_worse` index pairs `(P, 2)`, `kinds` K names, and optionally `weights` and `margins`
+    `(P,)`, `ties` `(T, 2)` and `tie_weights` `(T,)`. The candidates of one batch have one size, a multiple of the
+    judge's patch grid.
 
     `save_model` writes a judge folder (`load_judge` and stock transformers open it); checkpoints hold the trainer's
     own state, temperature included.
@@ -105,6 +115,7 @@ class RefRewardTrainer(ResumableTrainer):
         args: The configuration.
         train_dataset: Groups to train on.
         eval_dataset: Groups to evaluate on.
+        peft_config: Trains an adapter instead of all weights; None does so if `args.use_peft`, with its LoRA settings.
         callbacks: As in `transformers.Trainer`.
 
     With `RefRewardConfig.teachers` the judge learns the scores of trained ones as well; see `Teachers`.
@@ -122,6 +133,7 @@ class RefRewardTrainer(ResumableTrainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
     ) -> None:
         args = args or RefRewardConfig()
         if args.n_gpu > 1:
@@ -130,11 +142,14 @@ class RefRewardTrainer(ResumableTrainer):
                 where="launch",
                 fix="use `accelerate launch`, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)",
             )
-        self.judge = open_judge(args.judge if model is None else model, seed=args.seed)
+        self.judge = open_judge(args.judge if model is None else model, seed=args.seed, args=args)
+        choose_weights(self.judge, args, peft_config)
         self.preference_model = PreferenceModel(
-            self.judge, temperature=args.temperature, learn_temperature=args.learn_temperature
+            self.judge,
+            temperature=args.temperature,
+            learn_temperature=args.learn_temperature,
+            aspect=asked_aspect(self.judge, args.aspect),
         )
-        self.preference_model.network.requires_grad_(True)
         super().__init__(
             model=self.preference_model,
             args=args,
@@ -223,7 +238,10 @@ class RefRewardTrainer(ResumableTrainer):
             folder = Path(output_dir or str(self.args.output_dir))
             prefix = "network."
             weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            self.judge.save_pretrained(folder, state_dict=weights)
+            if isinstance(self.judge, RateJudge) and has_adapter(self.judge):
+                save_adapted(self.judge, folder, weights)
+            else:
+                self.judge.save_pretrained(folder, state_dict=weights)
 
     def _open_teachers(self, args: RefRewardConfig, groups: Dataset | None) -> Teachers | None:
         if not args.teachers:
@@ -259,11 +277,17 @@ class RefRewardTrainer(ResumableTrainer):
 
     def _objective(self, scores: Tensor, temperature: Tensor, inputs: GroupBatch) -> LossOutput:
         pairs, candidates = inputs["better_worse"], scores.shape[1]
+        scores = scores.masked_fill(~inputs["present"], math.nan)
         if self.args.loss_type == "listwise":
             ranks = ranks_from_pairs(pairs, candidates, sample_ids=inputs["sample_id"])
             output = listwise_loss(scores, ranks, temperature=temperature)
         else:
-            output = pairwise_loss(scores, flat_pairs(pairs, candidates), temperature=temperature)
+            labels = labelled_pairs(inputs, candidates)
+            facts: dict[str, Any] = {"targets": labels.targets, "weights": labels.weights, "temperature": temperature}
+            if self.args.loss_type == "fidelity":
+                output = fidelity_loss(scores, labels.pairs, **facts)
+            else:
+                output = pairwise_loss(scores, labels.pairs, margins=labels.margins, **facts)
         if self.args.center_rewards_coefficient > 0:
             output.loss = output.loss + self.args.center_rewards_coefficient * self._centering(scores, pairs)
         return output
@@ -273,6 +297,8 @@ class RefRewardTrainer(ResumableTrainer):
             return centering_penalty(scores)
         low, high = self.judge.spec.rating_range
         best, worst = ends_of_order(pairs, scores.shape[1])
+        if len(best) == 0:  # nothing but ties
+            return scores.new_zeros(())
         flat = scores.flatten()
         return (flat[best] - high).square().mean() + (flat[worst] - low).square().mean()
 
@@ -300,26 +326,6 @@ class RefRewardTrainer(ResumableTrainer):
                 where="launch",
                 fix="on CPUs set use_cpu: true; see the launch table in the README",
             )
-
-
-def open_judge(source: RateJudge | ConvJudge | str, *, seed: int) -> RateJudge | ConvJudge:
-    """Returns the judge to train.
-
-    Args:
-        source: A judge, `"new"`, `"conv"`, `"default"`, or the folder of a saved judge of either class.
-        seed: Seed of new weights.
-    """
-    if not isinstance(source, str):
-        return source
-    makers: dict[str, Callable[[], RateJudge | ConvJudge]] = {
-        "new": lambda: build_tiny_judge(seed=seed, spec=JudgeSpec(tile=NEW_JUDGE_TILE)),
-        "conv": lambda: ConvJudge(seed=seed),
-    }
-    if source in makers:
-        return makers[source]()
-    if (Path(source) / CONFIG_FILE).is_file():
-        return ConvJudge.from_pretrained(source)
-    return load_judge(source)
 
 
 def score_groups(model: nn.Module, inputs: GroupBatch) -> tuple[Float[Tensor, "g k"], Float[Tensor, ""]]:

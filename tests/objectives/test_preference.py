@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refreward_trl.errors import DataError
-from refreward_trl.objectives.preference import centering_penalty, listwise_loss, pairs_from_ranks, pairwise_loss
+from refreward_trl.objectives.preference import (
+    centering_penalty,
+    fidelity_loss,
+    listwise_loss,
+    pairs_from_ranks,
+    pairwise_loss,
+)
 
 RANKS = torch.tensor([[0, 1, 2, 3], [2, 0, 2, 1], [-1, 5, 3, 4]])
 
@@ -147,3 +153,51 @@ def test_centering_penalty_is_the_squared_group_mean() -> None:
     assert penalty == 2.5
     assert values.grad.isfinite().all()
     assert centering_penalty(torch.tensor([[-2.0, 2.0]])) == 0
+
+
+def test_a_tie_pulls_two_scores_together() -> None:
+    tie, half = torch.tensor([[0, 1]]), torch.tensor([0.5])
+    for loss in (pairwise_loss, fidelity_loss):
+        apart = torch.tensor([[2.0, -1.0]], requires_grad=True)
+        output = loss(apart, tie, targets=half)
+        (gradient,) = torch.autograd.grad(output.loss, apart)
+        assert gradient[0, 0] > 0 > gradient[0, 1]
+        together = loss(torch.zeros(1, 2), tie, targets=half)
+        assert together.loss < output.loss
+        assert math.isnan(float(together.metrics["accuracy"]))  # a tie is no order
+
+
+def test_fidelity_loss_is_zero_for_certainty_and_bounded_for_the_opposite() -> None:
+    pair = torch.tensor([[0, 1]])
+    sure = fidelity_loss(torch.tensor([[50.0, -50.0]]), pair).loss
+    wrong = fidelity_loss(torch.tensor([[-50.0, 50.0]]), pair).loss
+    assert float(sure) == pytest.approx(0.0, abs=1e-6)
+    assert float(wrong) == pytest.approx(1.0, abs=1e-3)
+    even = fidelity_loss(torch.tensor([[1.0, 1.0]]), pair).loss
+    assert float(even) == pytest.approx(1 - math.sqrt(0.5))
+    assert float(fidelity_loss(torch.zeros(1, 2), pair, targets=torch.tensor([0.5])).loss) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_fidelity_loss_is_thurstones_probability() -> None:
+    scores, temperature = torch.tensor([[1.3, 0.2]]), 0.7
+    likely = 0.5 * (1 + math.erf((1.3 - 0.2) / (math.sqrt(2) * temperature) / math.sqrt(2)))
+    loss = fidelity_loss(scores, torch.tensor([[0, 1]]), temperature=temperature).loss
+    assert float(loss) == pytest.approx(1 - math.sqrt(likely), abs=1e-6)
+
+
+def test_a_margin_asks_for_a_lead() -> None:
+    scores, pair = torch.tensor([[1.0, 0.0]]), torch.tensor([[0, 1]])
+    asked = pairwise_loss(scores, pair, margins=torch.tensor([1.0])).loss
+    torch.testing.assert_close(asked, torch.tensor(math.log(2)))
+
+
+def test_both_pair_losses_leave_out_candidates_without_a_score() -> None:
+    scores = torch.tensor([[1.0, math.nan, 0.0]], requires_grad=True)
+    pairs = torch.tensor([[0, 1], [0, 2]])
+    for loss in (pairwise_loss, fidelity_loss):
+        output = loss(scores, pairs)
+        torch.testing.assert_close(output.loss, loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0, 1]])).loss)
+        (gradient,) = torch.autograd.grad(output.loss, scores)
+        assert gradient.isfinite().all()

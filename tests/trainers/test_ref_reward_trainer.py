@@ -302,9 +302,9 @@ def test_unusable_rows_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"candidates": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "candidates has shape"),
+        ({"candidates": torch.zeros(3, 3, 32, 48, dtype=torch.uint8)}, "candidates has shape"),
         ({"kinds": ["hr"]}, "1 kinds for 3"),
-        ({"better_worse": torch.zeros(0, 2, dtype=torch.long)}, "orders no two"),
+        ({"better_worse": torch.zeros(0, 2, dtype=torch.long)}, "compares no two"),
         ({"better_worse": torch.tensor([[1, 1]])}, r"pair \(1, 1\)"),
     ],
 )
