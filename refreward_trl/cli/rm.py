@@ -6,10 +6,11 @@ from refreward_trl.cli.settings import RUN_KEYS, TrainingHelp, settings
 
 ABOUT = TrainingHelp(
     method="rm",
-    description="Trains a judge that sees the LR image, on candidates whose order is known by construction.",
+    description="Trains a judge that sees the LR image: on your preferences, or on candidates whose order is known by "
+    "construction.",
     groups={
-        "judge": ("judge", "loss_type"),
-        "data": ("dataset", "eval_dataset", "degradation", "crop_size"),
+        "judge": ("judge", "judge_spec", "loss_type", "aspect", "use_peft", "quantization"),
+        "data": ("preferences", "dataset", "eval_dataset", "degradation", "crop_size"),
         "run": RUN_KEYS,
     },
     examples=(

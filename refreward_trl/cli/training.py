@@ -175,19 +175,24 @@ def train_judge(recipe: Recipe) -> None:
     taught, painted_share = kinds, PAINTED_SHARE
     if judged.artefacts == "unpainted":
         taught, painted_share = tuple(kind for kind in kinds if kind != PAINTED_KIND), 0.0
-    make_groups = functools.partial(_groups, data, taught, painted_share)
-    trainer = RefRewardTrainer(
-        args=config,
-        train_dataset=make_groups(data.dataset, data.dataset_split, config.max_groups, config.seed),
-        eval_dataset=make_groups(data.eval_dataset, data.eval_dataset_split, config.eval_groups, EVALUATION_SEED),
-    )
+    if judged.preferences is None:
+        make_groups = functools.partial(_groups, data, taught, painted_share)
+        train_groups = make_groups(data.dataset, data.dataset_split, config.max_groups, config.seed)
+        eval_groups = make_groups(data.eval_dataset, data.eval_dataset_split, config.eval_groups, EVALUATION_SEED)
+    else:
+        make_groups = functools.partial(_stored_groups, judged.preferences, data.crop_size, config.aspect)
+        train_groups = make_groups(data.dataset_split, config.max_groups, seed=config.seed, visits=None)
+        eval_groups = make_groups(data.eval_dataset_split, config.eval_groups, seed=EVALUATION_SEED, visits=1)
+    trainer = RefRewardTrainer(args=config, train_dataset=train_groups, eval_dataset=eval_groups)
     trainer.train()
     folder = Path(str(config.output_dir))
     trainer.save_model(str(folder / JUDGE_FOLDER))
     if not config.should_save:
         return
     figures: dict[str, Any] = {}
-    if judged.test_pairs:
+    if judged.preferences is not None:
+        figures = {"judge": _last_evaluation(trainer.state.log_history)}
+    elif judged.test_pairs:
         photos = load_photos(data.test_dataset or data.eval_dataset, data.test_dataset_split)
         judge = trainer.judge
         make_pairs = functools.partial(
@@ -201,6 +206,24 @@ def train_judge(recipe: Recipe) -> None:
         figures = {"judge": report.summary()}
     facts = {"steps": trainer.state.global_step, "seconds": trainer.state.log_history[-1].get("train_runtime")}
     write_summary(folder, recipe, figures, {**facts, "seed": config.seed, "versions": _versions()})
+
+
+def _stored_groups(
+    source: str, crop_size: int, aspect: str, split: str, count: int, *, seed: int, visits: int | None
+) -> Any:
+    """Up to `count` groups of a preference dataset; each at most `visits` times."""
+    from refreward_trl.data.preference_groups import RecordGroups
+    from refreward_trl.data.preferences import read_preferences
+
+    groups = RecordGroups(read_preferences(source, split=split), crop_size=crop_size, aspect=aspect, seed=seed)
+    return groups.visited(count if visits is None else min(count, visits * len(groups)))
+
+
+def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The newest figures on the evaluation groups; the Trainer takes none with `eval_strategy: no`."""
+    prefix = "eval_"
+    last = next((line for line in reversed(history) if f"{prefix}accuracy" in line), {})
+    return {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
 
 
 def _groups(

@@ -116,6 +116,13 @@ class RewardArguments:
 class JudgeArguments:
     """What a judge learns from, and how it is measured."""
 
+    preferences: str | None = field(
+        default=None,
+        metadata={
+            "help": "preference dataset (see `refreward data`) to learn from, its splits named by dataset_split and "
+            "eval_dataset_split; None constructs candidates from the images of dataset"
+        },
+    )
     artefacts: Literal["judge", "unpainted", "heldout"] = field(
         default="judge",
         metadata={
@@ -124,5 +131,6 @@ class JudgeArguments:
         },
     )
     test_pairs: int = field(
-        default=200, metadata={"help": "pairs for each question of the summary's table; 0 leaves the table out"}
+        default=200,
+        metadata={"help": "constructed pairs for each question of the summary's table; 0 leaves the table out"},
     )

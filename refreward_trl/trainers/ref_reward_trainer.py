@@ -20,6 +20,7 @@ from refreward_trl.data.images import to_float
 from refreward_trl.errors import CheckpointError, SetupError
 from refreward_trl.objectives.preference import centering_penalty, fidelity_loss, listwise_loss, pairwise_loss
 from refreward_trl.reward_model.conv import ConvJudge
+from refreward_trl.reward_model.preprocess import split_tiles
 from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.vision_attention import batched_vision_attention
 from refreward_trl.trainers.distillation import Teachers
@@ -78,7 +79,9 @@ class PreferenceModel(nn.Module):
         """Returns one score per image and the temperature."""
         judge = self._judge[0]
         if isinstance(judge, RateJudge):
-            scores = judge.expected_rating(lr_image, sr_image, aspect=self._aspect, model=self.network)
+            lr_tiles, sr_tiles, count = split_tiles(lr_image, sr_image, judge.spec, square=judge.family.square)
+            ratings = judge.expected_rating(lr_tiles, sr_tiles, aspect=self._aspect, model=self.network)
+            scores = ratings.view(-1, count).mean(dim=1)
         else:
             scores = self.network(lr_image, sr_image)
         return scores.float(), self.log_temperature.float().exp().squeeze()
@@ -104,8 +107,8 @@ class RefRewardTrainer(ResumableTrainer):
 
     Rows of a dataset are preference groups: `sample_id`, `lr_image` uint8 `(3, h, w)`, `candidates` uint8
     `(K, 3, H, W)`, `better_worse` index pairs `(P, 2)`, `kinds` K names, and optionally `weights` and `margins`
-    `(P,)`, `ties` `(T, 2)` and `tie_weights` `(T,)`. The candidates of one batch have one size, a multiple of the
-    judge's patch grid.
+    `(P,)`, `ties` `(T, 2)` and `tie_weights` `(T,)`. The candidates of one batch have one size; the judge sees them
+    tile by tile.
 
     `save_model` writes a judge folder (`load_judge` and stock transformers open it); checkpoints hold the trainer's
     own state, temperature included.
