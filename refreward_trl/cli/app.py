@@ -31,6 +31,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("see it work", "demo", "judge, ReFL, DDPO and a report with pictures, in minutes on a CPU"),
     Command("train", "finetune", "a generator on pairs of low- and high-resolution images"),
+    Command("train", "data", "preference datasets: convert, validate, stats, split, build"),
     Command("train", "rm", "a reward model on ranked candidates of one low-resolution image"),
     Command("train", "refl", "align a generator by the gradient of a reward"),
     Command("train", "ddpo", "align a generator by policy gradient: the reward may be a black box"),

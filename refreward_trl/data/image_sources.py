@@ -103,7 +103,7 @@ class ImageCell:
     """An image in a Hugging Face dataset; `table` holds that one column, undecoded, as `{"bytes", "path"}`.
 
     Attributes:
-        position: Place in the cell's list, in a column of lists of images.
+        position: Place in the cell's list, in a column of lists of images; `table` is then in the arrow format.
     """
 
     table: Dataset
@@ -129,15 +129,21 @@ class ImageCell:
         return content if isinstance(content, bytes) else ImageFile(content).encoded()
 
     def _content(self) -> bytes | Path:
-        cell: Any = self.table[self.row][self.column]
-        if self.position is not None:
-            cell = cell[self.position]
+        cell = self._cell()
         if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise DataError("the cell is empty", where=self.where, fix="fill it, or drop the row")
         if cell["bytes"] is not None:
             return cell["bytes"]
         check_path(cell["path"], self.dataset, self.where)
         return Path(cell["path"])
+
+    def _cell(self) -> dict[str, Any] | None:
+        if self.position is None:
+            return self.table[self.row][self.column]
+        # Of a list of images, one alone is copied.
+        part: Any = self.table[self.row : self.row + 1]
+        cell = part.column(0)[0][self.position].as_py()
+        return {"bytes": cell, "path": None} if isinstance(cell, bytes) else cell
 
 
 def check_path(path: str, dataset: str, where: str) -> None:

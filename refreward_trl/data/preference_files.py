@@ -244,13 +244,14 @@ def listed_image_cells(table: Dataset, column: str, where: str) -> list[list[Ima
     Raises:
         DataError: The column holds no lists of images.
     """
-    from datasets import Image, List
+    import pyarrow.types as kinds
 
-    try:
-        single = table.select_columns([column]).cast_column(column, List(Image(decode=False)))
-    except (ValueError, TypeError) as error:
-        found = table.features[column]
-        raise DataError(f"column {column} holds no lists of images ({found})", where=where) from error
+    single = table.select_columns([column]).with_format("arrow")
+    found = single.data.schema.field(column).type
+    entry = found.value_type if kinds.is_list(found) or kinds.is_large_list(found) else None
+    has_bytes = entry is not None and kinds.is_struct(entry) and {"bytes", "path"} <= {f.name for f in entry}
+    if not has_bytes and not (entry is not None and (kinds.is_binary(entry) or kinds.is_large_binary(entry))):
+        raise DataError(f"column {column} holds no lists of images ({table.features[column]})", where=where)
     counts = [len(cell) if cell.is_valid else 0 for cell in _arrow_cells(single)]
     return [
         [ImageCell(single, where, column, row, position) for position in range(count)]

@@ -62,6 +62,16 @@ class PreferenceChoice:
     annotator: str = ""
     weight: float = 1.0
 
+    @property
+    def pair(self) -> tuple[int, int]:
+        """The two candidates, the lower index first."""
+        return min(self.first, self.second), max(self.first, self.second)
+
+    @property
+    def better(self) -> int | None:
+        """The candidate that is preferred; None for a tie."""
+        return {"first": self.first, "second": self.second, "tie": None}[self.preferred]
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,17 @@ def write_metadata(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows
     ]
     _write_bytes(file, ("\n".join(lines) + "\n").encode())
+
+
+def write_split_column(file: Path, splits: Mapping[str, str]) -> None:
+    """Gives each row of a `metadata.jsonl` its split; all else in it stays as it is.
+
+    Args:
+        file: All of its rows are in order (`read_preferences`).
+        splits: By `sample_id`.
+    """
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    write_metadata(file, [{**row, "split": splits[row["sample_id"]]} for row in rows])
 
 
 def _folder_name(sample_id: str, taken: set[str]) -> str:
