@@ -90,11 +90,11 @@ def scan_preferences(source: str | Path, *, split: str | None = None) -> Scan:
     if not path.exists():
         raise DataError("the dataset does not exist", where=str(path), fix=_LAYOUTS)
     scan = Scan()
-    if metadata := _metadata_files(path):
+    if metadata := metadata_files(path):
         for name, file in metadata.items():
             _scan_metadata(file, name, scan)
     else:
-        for name in _table_splits(path):
+        for name in table_splits(path):
             _scan_table(load_table(path, name or None), str(path), name, scan)
     if scan.rows == 0:
         raise DataError("the dataset has no rows", where=str(path), fix=_LAYOUTS)
@@ -116,7 +116,7 @@ def _only(scan: Scan, split: str, where: str) -> Scan:
     return Scan(records, [scan.places[number] for number in chosen], scan.problems, scan.rows)
 
 
-def _metadata_files(path: Path) -> dict[str, Path]:
+def metadata_files(path: Path) -> dict[str, Path]:
     """Returns the metadata files of an imagefolder by split; none for other datasets."""
     if path.is_file():
         return {"": path} if path.suffix == ".jsonl" else {}
@@ -201,7 +201,7 @@ def image_file(name: Any, folder: Path, where: str, column: str) -> ImageFile:
     return ImageFile(folder / name)
 
 
-def _table_splits(path: Path) -> list[str]:
+def table_splits(path: Path) -> list[str]:
     """Returns the names by which `load_table` knows the splits of a dataset; "" where it has none."""
     if path.is_file():
         return [""]
@@ -224,8 +224,8 @@ def _scan_table(table: Dataset, where: str, split: str, scan: Scan) -> None:
             where=where,
             fix="`refreward data convert` reads other layouts",
         )
-    lr_images = _filled_cells(table, "lr", where)
-    hr_images = _filled_cells(table, "hr", where) if "hr" in table.column_names else [None] * len(table)
+    lr_images = filled_image_cells(table, "lr", where)
+    hr_images = filled_image_cells(table, "hr", where) if "hr" in table.column_names else [None] * len(table)
     candidates = listed_image_cells(table, "candidates", where)
     rest = table.remove_columns([name for name in ("lr", "hr", "candidates") if name in table.column_names])
     label = f"{where}, split {split}" if split else where
@@ -259,7 +259,8 @@ def listed_image_cells(table: Dataset, column: str, where: str) -> list[list[Ima
     ]
 
 
-def _filled_cells(table: Dataset, column: str, where: str) -> list[ImageCell | None]:
+def filled_image_cells(table: Dataset, column: str, where: str) -> list[ImageCell | None]:
+    """Returns the images of a column; None where a cell is empty. Raises `DataError` if it holds no images."""
     cells = image_cells(table, column, where)
     if not cells:
         return []
@@ -292,8 +293,7 @@ def write_preferences(
         SetupError: A file cannot be written.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("something is there already", where=str(target), fix="name a new folder")
+    check_new_folder(target)
     if format not in ("imagefolder", "parquet"):
         raise ConfigError(f"there is no format {format!r}", where="format", fix="imagefolder or parquet")
     names = [record.sample_id for record in records]
@@ -302,3 +302,9 @@ def write_preferences(
         raise DataError(f"sample_id {repeated!r} repeats", where=str(target), fix="make sample_id unique")
     write = write_imagefolder if format == "imagefolder" else write_parquet
     write(records, target)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises `ConfigError` if a dataset cannot be written to a folder because there is something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError("something is there already", where=str(folder), fix="name a new folder")

@@ -145,3 +145,43 @@ def test_a_leak_is_found_and_mended(tmp_path: Path, capsys: Any) -> None:
     assert app.main(["data", "validate", str(folder), "--skip", "leak"]) == 0
     assert app.main(["data", "split", str(folder), "--fractions", "train=0.8", "val=0.2"]) == 0
     assert app.main(["data", "validate", str(folder)]) == 0
+
+
+def test_convert_finds_the_layout_out_and_says_what_it_read(tmp_path: Path, capsys: Any) -> None:
+    from refreward_trl.data.images import write_png
+
+    for record in records(photos=2, crops=1):
+        folder = tmp_path / "theirs" / record.sample_id
+        write_png(folder / "LQ.png", record.lr_image.read())
+        for candidate in record.candidates:
+            write_png(folder / f"{candidate.generator}.png", candidate.image.read())
+    rows = [f"p{photo}@0,m{k},{k + 1}" for photo in range(2) for k in range(3)]
+    (tmp_path / "theirs/ranks.csv").write_text("\n".join(["id,candidate,rank", *rows]))
+    words = ["data", "convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]
+    assert app.main(words) == 3
+    assert "--columns group=NAME" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+    words += ["--columns", "group=id", "--lr-name", "LQ", "--source", "human", "--format", "parquet"]
+    assert app.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "as refsr: 2 groups, 6 candidates" in shown and "not verified on the release" in shown
+    assert [record.ranks for record in read_preferences(tmp_path / "ours")] == [{"overall": (1, 2, 3)}] * 2
+    assert app.main(["data", "convert", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
+    assert "as native: 2 groups" in capsys.readouterr().out
+    assert app.main(words) == 2
+    assert "something is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--columns", "lr"], "'lr' is no KEY=NAME"),
+        (["--from", "trl", "--columns", "lrr=x"], "trl has no key 'lrr'"),
+        (["--from", "tlr"], "invalid choice: 'tlr'"),
+        ([], "no layout fits"),
+    ],
+)
+def test_convert_refuses_wrong_words(words: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.json").write_text("[]")
+    assert app.main(["data", "convert", str(tmp_path / "a.json"), str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
