@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from refreward_trl.cli.parser import CommandParser
-from refreward_trl.errors import DataError
+from refreward_trl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from refreward_trl.types import RewardFunction
 
 _MOST_NAMES = 5
 
@@ -39,10 +43,17 @@ def main(argv: list[str]) -> None:
         metavar="NAME",
         help="refreward (default), heldout_judge, lr_consistency, psnr, ssim, or a path like my_file.my_reward",
     )
+    parser.add_argument("--judge", metavar="FOLDER", help="the judge of refreward: a folder or a hub name")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--explain", type=Path, metavar="FOLDER", help="draw there which regions moved the first reward's score"
+    )
     arguments = parser.parse_words(argv)
     triples = match_files(arguments.lr, arguments.sr, arguments.hr)
-    rows = score_files(triples, arguments.reward)
+    rewards = load_rewards(arguments.reward, arguments.judge)
+    rows = score_files(triples, rewards)
+    if arguments.explain is not None:
+        explain_files(triples, arguments.reward[0], rewards[arguments.reward[0]], arguments.explain)
     print(as_json(rows, arguments.reward) if arguments.json else as_table(rows, arguments.reward))
 
 
@@ -102,15 +113,60 @@ def _check_names(label: str, wanted: dict[str, Path], found: dict[str, Path]) ->
             raise DataError(f"{len(names)} {text}: {shown}", fix="partners have the same name up to the ending")
 
 
-def score_files(triples: list[Triple], names: list[str]) -> list[dict[str, float | str]]:
+def load_rewards(names: Sequence[str], judge: str | None) -> dict[str, RewardFunction]:
+    """Returns the rewards by name.
+
+    Args:
+        names: Of the rewards.
+        judge: Folder or hub name of the judge that `refreward` asks; None for the default.
+
+    Raises:
+        ConfigError: A reward that does not exist, or a judge for none that would ask it.
+    """
+    from refreward_trl.rewards import RewardSpec, load_reward
+
+    if judge is not None and "refreward" not in names:
+        raise ConfigError("no reward asks it", where="--judge", fix="add refreward to --reward")
+    kwargs = {"refreward": {"source": judge}} if judge is not None else {}
+    return {name: load_reward(RewardSpec(name, kwargs=kwargs.get(name, {}))) for name in names}
+
+
+def explain_files(triples: list[Triple], name: str, reward: RewardFunction, folder: Path) -> None:
+    """Draws for each image what moved its score, into `folder/<name>.png`.
+
+    Raises:
+        DataError: The reward gives no score for some variant of an image.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from refreward_trl.data.images import read_image, to_float, write_png
+    from refreward_trl.evaluation.explanation import draw_explanation, explain
+
+    for triple in tqdm(triples, desc="explain", unit="image", disable=len(triples) < 2):
+        hr_image = None if triple.hr_file is None else to_float(read_image(triple.hr_file))
+
+        def score(lr_images: torch.Tensor, sr_images: torch.Tensor, hr_image: Any = hr_image) -> torch.Tensor:
+            columns = {} if hr_image is None else {"hr_image": [hr_image] * len(sr_images)}
+            given = reward(prompts=None, completions=sr_images, lr_image=lr_images, **columns)
+            if any(value is None for value in given):
+                raise DataError("the reward gives no score for a variant of the image", where=f"--explain, {name}")
+            return torch.as_tensor(given, dtype=torch.float32)
+
+        lr_image, sr_image = (to_float(read_image(path)) for path in (triple.lr_file, triple.sr_file))
+        picture = draw_explanation(explain(score, lr_image, sr_image), lr_image, sr_image, title=name)
+        write_png(folder / f"{Path(triple.name).stem}.png", picture)
+
+
+def score_files(triples: list[Triple], rewards: Mapping[str, RewardFunction]) -> list[dict[str, float | str]]:
     """Returns one row per image: `name`, and a number per reward (NaN where the reward gave none)."""
     import torch
     from tqdm import tqdm
 
     from refreward_trl.data.images import read_image, to_float
-    from refreward_trl.rewards import load_reward, score_all
+    from refreward_trl.rewards import score_all
 
-    rewards = [load_reward(name) for name in names]
+    names = list(rewards)
     rows: list[dict[str, float | str]] = []
     for triple in tqdm(triples, desc="score", unit="image", disable=len(triples) < 2):
         columns: dict[str, list] = {"sample_id": [triple.name]}
@@ -118,7 +174,7 @@ def score_files(triples: list[Triple], names: list[str]) -> list[dict[str, float
             columns["hr_image"] = [to_float(read_image(triple.hr_file))]
         with torch.no_grad():
             table = score_all(
-                rewards,
+                list(rewards.values()),
                 names,
                 None,
                 completions=[to_float(read_image(triple.sr_file))],

@@ -93,3 +93,23 @@ def test_what_does_not_match_is_named(folders):
 def test_means_leave_out_what_was_not_scored():
     rows = [{"name": "a", "x": 1.0}, {"name": "b", "x": float("nan")}]
     assert means(rows, ["x"]) == {"x": 1.0}
+
+
+def test_explain_draws_a_picture_per_image(folders, capsys):
+    out = folders / "why"
+    words = [str(folders / "lr"), str(folders / "sr"), "--reward", "lr_consistency", "--explain", str(out)]
+    plain = score(capsys, *words[:4])
+    assert score(capsys, *words) == plain
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
+
+
+def test_a_judge_of_ones_own_is_asked(folders, capsys):
+    from tiny_judges import family_judge
+
+    judge = family_judge("idefics3")
+    judge.save_pretrained(folders / "judge")
+    capsys.readouterr()
+    read = score(capsys, str(folders / "lr"), str(folders / "sr"), "--judge", str(folders / "judge"))
+    assert read["images"][0]["refreward"] != read["images"][1]["refreward"]
+    assert app.main(["score", str(folders / "lr"), str(folders / "sr"), "--reward", "ssim", "--judge", "x"]) == 2
+    assert "no reward asks it" in capsys.readouterr().err
