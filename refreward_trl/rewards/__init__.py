@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from refreward_trl.rewards.composite import RewardSpec, RewardTable, reward_name, reward_names, score_all
     from refreward_trl.rewards.fidelity import LRConsistency, psnr, ssim
     from refreward_trl.rewards.heldout import HeldOutJudge
+    from refreward_trl.rewards.metrics_adapter import NamedMetric, from_metric
     from refreward_trl.rewards.refreward import RefReward
     from refreward_trl.types import RewardFunction
 
@@ -26,11 +27,13 @@ __all__ = [
     "REWARD_NAMES",
     "HeldOutJudge",
     "LRConsistency",
+    "NamedMetric",
     "RefReward",
     "RewardSpec",
     "RewardTable",
     "completion_text",
     "from_ddpo",
+    "from_metric",
     "from_pil",
     "load_reward",
     "psnr",
@@ -47,6 +50,7 @@ REWARD_NAMES = {
     "lr_consistency": "refreward_trl.rewards.fidelity.LRConsistency",
     "psnr": "refreward_trl.rewards.fidelity.psnr",
     "ssim": "refreward_trl.rewards.fidelity.ssim",
+    "metric": "refreward_trl.rewards.metrics_adapter.NamedMetric",
 }
 """Our rewards: the name in a recipe, and where it lives."""
 
@@ -55,6 +59,7 @@ _MODULES = {
     "composite": ["RewardSpec", "RewardTable", "reward_name", "reward_names", "score_all"],
     "fidelity": ["LRConsistency", "psnr", "ssim"],
     "heldout": ["HeldOutJudge"],
+    "metrics_adapter": ["NamedMetric", "from_metric"],
     "refreward": ["RefReward"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -177,5 +182,6 @@ def _check_signature(reward: Callable[..., Any], where: str) -> None:
             f"it cannot be called as a reward: {error}",
             where=where,
             fix="define it as `def reward(*, prompts, completions, lr_image, **columns)`; wrap a function of "
-            "(images, prompts, metadata) with refreward_trl.rewards.from_ddpo, one of PIL images with from_pil",
+            "(images, prompts, metadata) with refreward_trl.rewards.from_ddpo, one of PIL images with from_pil, a "
+            "metric with from_metric",
         ) from error

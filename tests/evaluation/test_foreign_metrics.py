@@ -68,7 +68,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(word: str, module: st
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
 
-    monkeypatch.setattr("refreward_trl.evaluation.foreign_metrics.importlib.import_module", missing)
+    monkeypatch.setattr("refreward_trl.rewards.foreign.importlib.import_module", missing)
     with pytest.raises(SetupError, match=message) as caught:
         load_metric(word)
     assert "pip install" in str(caught.value.fix)

@@ -64,8 +64,9 @@ def call(reward, count=2):
 
 @pytest.mark.parametrize("name", REWARD_NAMES)
 def test_our_own_names_load(name):
-    reward = load_reward(RewardSpec(name))
-    assert reward_name(reward) == name
+    kwargs = {"metric": "uqi"} if name == "metric" else {}
+    reward = load_reward(RewardSpec(name, kwargs=kwargs))
+    assert reward_name(reward) == kwargs.get("metric", name)
     assert isinstance(reward, RewardFunction)
     pickle.loads(pickle.dumps(reward))
 
