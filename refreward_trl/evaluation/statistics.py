@@ -139,10 +139,34 @@ def order_agreement(scores: ArrayLike, reference: ArrayLike, groups: Sequence[Ha
 def kendall_tau(a: ArrayLike, b: ArrayLike) -> float:
     """Kendall's tau-b of two `(N,)` arrays, corrected for ties (Kendall 1945); NaN when one of them is constant."""
     first, second = np.triu_indices(np.asarray(a).reshape(-1).shape[0], k=1)
-    left = np.sign(np.asarray(a, dtype=np.float64)[first] - np.asarray(a, dtype=np.float64)[second])
-    right = np.sign(np.asarray(b, dtype=np.float64)[first] - np.asarray(b, dtype=np.float64)[second])
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return tau_b(left[first] - left[second], right[first] - right[second])
+
+
+def tau_b(a: ArrayLike, b: ArrayLike) -> float:
+    """Kendall's tau-b of what two sources say about the same pairs, which need not be all pairs there are.
+
+    Args:
+        a, b: `(N,)` per pair positive where its first element is ahead, negative where behind, 0 for a tie.
+
+    Returns:
+        Number in [-1, 1]; NaN when one of the sources ties all pairs.
+    """
+    left, right = np.sign(np.asarray(a, dtype=np.float64)), np.sign(np.asarray(b, dtype=np.float64))
     untied = sqrt(float(np.abs(left).sum())) * sqrt(float(np.abs(right).sum()))
     return float((left * right).sum() / untied) if untied > 0 else nan
+
+
+def spearman_rho(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's rank correlation of two `(N,)` arrays, ties at their mean rank; NaN when one of them is constant."""
+    left, right = (_mean_ranks(values) - (np.size(values) + 1) / 2 for values in (a, b))
+    spread = sqrt(float((left**2).sum())) * sqrt(float((right**2).sum()))
+    return float((left * right).sum() / spread) if spread > 0 else nan
+
+
+def _mean_ranks(values: ArrayLike) -> NDArray[np.float64]:
+    _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place.reshape(-1)]
 
 
 def _cluster_totals(values: NDArray[np.float64], labels: Sequence[Hashable]) -> tuple[NDArray, NDArray]:

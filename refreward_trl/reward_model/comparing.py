@@ -75,6 +75,20 @@ class CompareJudge(MLLMJudge):
         Raises:
             DataError: Sizes that do not fit each other.
         """
+        forward, backward = self.compare_orders(lr_image, first, second)
+        return (forward - backward) / 2
+
+    def compare_orders(
+        self,
+        lr_image: Float[Tensor, "b 3 h w"],
+        first: Float[Tensor, "b 3 H W"],
+        second: Float[Tensor, "b 3 H W"],
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """Returns the log odds that the candidate shown first is the better one, mean over tiles: with `first` shown
+        first, and with `second` shown first. For a judge that does not mind the order one is the negative of the other.
+
+        See `compare` for the arguments, gradients and errors.
+        """
         if first.shape != second.shape:
             raise DataError(
                 f"candidates of {tuple(first.shape)} and {tuple(second.shape)}",
@@ -88,8 +102,9 @@ class CompareJudge(MLLMJudge):
             visuals = shown_visuals(lr_tiles[:1].detach(), [first_tiles[:1].detach()] * 2, self.spec)
             rows = max(1, self.rows_per_forward(self.prompt, visuals) // 2)
             parts = zip(lr_tiles.split(rows), first_tiles.split(rows), second_tiles.split(rows), strict=True)
-            odds = torch.cat([self._both_orders(*part) for part in parts])
-            return odds.view(-1, count).mean(dim=1).to(first.device)
+            odds = torch.cat([self._both_orders(*part) for part in parts], dim=1)
+            forward, backward = odds.view(2, -1, count).mean(dim=2).to(first.device)
+            return forward, backward
 
     def win_rates(self, lr_image: Float[Tensor, "3 h w"], candidates: Float[Tensor, "k 3 H W"]) -> Float[Tensor, " k"]:
         """Returns for each candidate of one LR image its mean probability of being better than each of the others."""
@@ -101,12 +116,11 @@ class CompareJudge(MLLMJudge):
         wins[right, left] = (-odds).sigmoid()
         return wins.sum(dim=1) / max(1, count - 1)
 
-    def _both_orders(self, lr_image: Tensor, first: Tensor, second: Tensor) -> Float[Tensor, " b"]:
+    def _both_orders(self, lr_image: Tensor, first: Tensor, second: Tensor) -> Float[Tensor, "2 b"]:
         logits = self.choice_logits(
             torch.cat([lr_image, lr_image]), torch.cat([first, second]), torch.cat([second, first])
         )
-        forward, backward = (logits[:, 0] - logits[:, 1]).chunk(2)
-        return (forward - backward) / 2
+        return (logits[:, 0] - logits[:, 1]).view(2, -1)
 
     def _tiles(self, lr_image: Tensor, sr_image: Tensor) -> tuple[Tensor, Tensor, int]:
         device = self.device

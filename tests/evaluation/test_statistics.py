@@ -7,7 +7,7 @@ from math import isnan, nan
 
 import numpy as np
 import pytest
-from scipy.stats import kendalltau, norm, t
+from scipy.stats import kendalltau, norm, spearmanr, t
 
 from refreward_trl.errors import DataError
 from refreward_trl.evaluation import statistics
@@ -17,6 +17,8 @@ from refreward_trl.evaluation.statistics import (
     kendall_tau,
     order_agreement,
     pairwise_outcomes,
+    spearman_rho,
+    tau_b,
 )
 
 
@@ -103,6 +105,21 @@ def test_kendall_tau_equals_scipys() -> None:
         a, b = random.integers(0, 6, size=25), random.integers(0, 6, size=25)
         assert kendall_tau(a, b) == pytest.approx(kendalltau(a, b).statistic)
     assert isnan(kendall_tau([1, 1, 1], [1, 2, 3]))
+
+
+def test_spearman_rho_equals_scipys() -> None:
+    random = np.random.default_rng(5)
+    for _ in range(5):
+        a, b = random.integers(0, 6, size=25), random.integers(0, 6, size=25)
+        assert spearman_rho(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert spearman_rho([1.0, 2.0], [5.0, 9.0]) == pytest.approx(1.0)
+    assert isnan(spearman_rho([1, 1, 1], [1, 2, 3]))
+
+
+def test_tau_b_of_some_pairs_counts_these_alone() -> None:
+    assert tau_b([1, 1, 1], [0.2, 3.0, -1.0]) == pytest.approx(1 / 3)
+    assert tau_b([1, 0], [0.2, 3.0]) == pytest.approx(1 / np.sqrt(2))
+    assert isnan(tau_b([1, 1], [0.0, 0.0]))
 
 
 def test_order_agreement_counts_pairs_within_groups_only() -> None:

@@ -24,6 +24,17 @@ def test_swapping_the_candidates_swaps_the_sign(family: str, size: int) -> None:
     assert judge.compare(lr_image, first, first).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_answer_is_the_mean_of_both_orders(size: int) -> None:
+    judge = family_judge("qwen2_5_vl", CompareJudge)
+    lr_image, first, second = images(size=size)
+    forward, backward = judge.compare_orders(lr_image, first, second)
+    torch.testing.assert_close((forward - backward) / 2, judge.compare(lr_image, first, second))
+    assert (forward + backward).abs().max() > 1e-3, "an untrained judge prefers a place"
+    swapped = judge.compare_orders(lr_image, second, first)
+    torch.testing.assert_close(torch.stack(swapped), torch.stack([backward, forward]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_the_lr_image_counts(family: str) -> None:
     judge = family_judge(family, CompareJudge)
