@@ -85,7 +85,7 @@ class CompareJudge(MLLMJudge):
         second: Float[Tensor, "b 3 H W"],
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Returns the log odds that the candidate shown first is the better one, mean over tiles: with `first` shown
-        first, and with `second` shown first. For a judge that does not mind the order one is the negative of the other.
+        first, and with `second` shown first. A judge that does not mind the order gives one the negative of the other.
 
         See `compare` for the arguments, gradients and errors.
         """
