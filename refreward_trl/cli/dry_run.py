@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,11 @@ def show_plan(recipe: Recipe) -> None:
     print(f"{'':<{_WIDTH}} nothing was loaded or trained (--dry-run)")
 
 
-def _parts(recipe: Recipe) -> dict[str, Callable[[], str]]:
+def _parts(recipe: Recipe) -> Mapping[str, Callable[[], str]]:
+    if recipe.method == "data build":
+        from refreward_trl.cli.data_build import plan
+
+        return plan(recipe)
     from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments, RewardArguments
 
     data = build_arguments(DataArguments, recipe.values)

@@ -27,6 +27,7 @@ REQUIRED = {
     "rm": ("output_dir",),
     "refl": ("output_dir", "rewards"),
     "ddpo": ("output_dir", "rewards"),
+    "data build": ("output_dir",),
 }
 
 _ENTRY_KEYS = {

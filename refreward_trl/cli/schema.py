@@ -22,7 +22,9 @@ BOUNDS = {
     "adam_epsilon": "> 0",
     "advantage_clip": "> 0",
     "anchor_weight": ">= 0",
+    "artefacts_per_group": ">= 0",
     "beta": ">= 0",
+    "candidates_per_group": ">= 2",
     "center_rewards_coefficient": ">= 0",
     "clip_range": "> 0",
     "crop_size": ">= 8",
@@ -57,6 +59,7 @@ BOUNDS = {
     "max_grad_norm": ">= 0",
     "max_groups": ">= 1",
     "max_steps": ">= -1",
+    "min_difference": ">= 0",
     "neftune_noise_alpha": ">= 0",
     "noise_cell": ">= 1",
     "num_generations": ">= 2",
@@ -80,6 +83,7 @@ BOUNDS = {
     "sigma": ">= 0",
     "temperature": "> 0",
     "test_pairs": ">= 0",
+    "tie_margin": ">= 0",
     "torch_empty_cache_steps": ">= 1",
     "warmup_steps": ">= 0",
     "weight_decay": ">= 0",
@@ -180,6 +184,7 @@ def describe_class(cls: type, base: type | None = None) -> dict[str, dict[str, A
     """Describes the fields of a dataclass that `base` lacks or has with another type or default."""
     hints = typing.get_type_hints(cls)
     inherited = describe_class(base) if base is not None else {}
+    is_training = any(parent.__name__ == "TrainingArguments" for parent in cls.__mro__)
     described = {}
     for field in dataclasses.fields(cls):
         if not field.init or field.name in LEFT_OUT:
@@ -190,7 +195,8 @@ def describe_class(cls: type, base: type | None = None) -> dict[str, dict[str, A
         if field.name in BOUNDS:
             facts["bounds"] = BOUNDS[field.name]
         facts["default"] = _plain_default(field)
-        facts["help"] = HELP.get(field.name) or _first_sentence(field.metadata.get("help", ""))
+        words = HELP.get(field.name) if is_training else None
+        facts["help"] = words or _first_sentence(field.metadata.get("help", ""))
         if facts != inherited.get(field.name):
             described[field.name] = facts
     return described
@@ -213,6 +219,7 @@ def generate() -> dict[str, Any]:
     """Returns the content of `schema.json` for the installed classes."""
     from transformers import TrainingArguments
 
+    from refreward_trl.data.preference_building import BuildArguments
     from refreward_trl.rewards import REWARD_NAMES
     from refreward_trl.trainers.alignment_config import AlignmentConfig
     from refreward_trl.trainers.arguments import (
@@ -228,7 +235,10 @@ def generate() -> dict[str, Any]:
     from refreward_trl.trainers.refl_config import SRReFLConfig
     from refreward_trl.trainers.run_config import RunConfig
 
-    plain = (TrainingArguments, GeneratorArguments, DataArguments, CropArguments, RewardArguments, JudgeArguments)
+    plain = (
+        *(TrainingArguments, GeneratorArguments, DataArguments, CropArguments, RewardArguments, JudgeArguments),
+        BuildArguments,
+    )
     derived = {
         RunConfig: TrainingArguments,
         AlignmentConfig: RunConfig,
@@ -245,6 +255,7 @@ def generate() -> dict[str, Any]:
             "rm": [*run, "DataArguments", "JudgeArguments", "RefRewardConfig"],
             "refl": [*alignment, "RewardArguments", "SRReFLConfig"],
             "ddpo": [*alignment, "RewardArguments", "SRDDPOConfig"],
+            "data build": ["BuildArguments"],
         },
         "reward_names": list(REWARD_NAMES),
         "classes": {cls.__name__: describe_class(cls) for cls in plain}

@@ -1,4 +1,4 @@
-"""The words after `refreward finetune|rm|refl|ddpo`: `--config`, the flags that override it, and their help."""
+"""The words after `refreward finetune|rm|refl|ddpo|data build`: `--config`, flags that override it, their help."""
 
 from __future__ import annotations
 
@@ -40,12 +40,14 @@ class TrainingHelp:
         description: What it does, in a sentence or two.
         groups: Title -> keys worth showing first; `--help-all` shows the rest.
         examples: Command lines that work as they stand.
+        packaged: Name of a packaged recipe; by default that of the method among the tiny ones.
     """
 
     method: str
     description: str
     groups: Mapping[str, Sequence[str]]
     examples: Sequence[str]
+    packaged: str = ""
 
 
 def settings(argv: Sequence[str], about: TrainingHelp) -> Recipe | None:
@@ -97,12 +99,13 @@ def _take_config(argv: Sequence[str], about: TrainingHelp) -> tuple[str | None, 
 
 def _help(about: TrainingHelp) -> str:
     keys = keys_of(about.method)
+    packaged = about.packaged or f"tiny/{about.method}"
     lines = [
         f"usage: refreward {about.method} --config RECIPE [--key value ...]",
         "",
         *textwrap.wrap(about.description, _WIDTH),
         "",
-        f"  {'--config RECIPE':<36} a .yaml file, or a packaged recipe such as tiny/{about.method}",
+        f"  {'--config RECIPE':<36} a .yaml file, or a packaged recipe such as {packaged}",
         f"  {'--key value':<36} overrides the recipe; lists and mappings as JSON; the same keys as in the recipe",
         f"  {'--dry-run':<36} look for everything that the recipe names; load, download and train nothing",
         f"  {'--help-all':<36} every key ({len(keys)} in all)",

@@ -78,12 +78,12 @@ def win_rates(records: Sequence[PreferenceRecord], aspect: str) -> dict[str, dic
 
 
 def agreements(records: Sequence[PreferenceRecord]) -> dict[str, dict[str, Any]]:
-    """Returns for each annotator the number of answers, how many of them others gave an answer to as well, and the
-    share of these in which the merged answer of the others is the same (None if there are none)."""
+    """Returns for each annotator who is known the number of answers, how many of them others gave an answer to as
+    well, and the share of these in which the merged answer of the others is the same (None if there are none)."""
     tallies: dict[str, Counter[str]] = {}
     for record in records:
-        for annotator in {choice.annotator for choice in record.choices}:
-            tally = tallies.setdefault(annotator or UNKNOWN, Counter())
+        for annotator in {choice.annotator for choice in record.choices} - {""}:
+            tally = tallies.setdefault(annotator, Counter())
             others = tuple(choice for choice in record.choices if choice.annotator != annotator)
             merged = replace(record, ranks={}, choices=others)
             answers = {aspect: _answers(merged, aspect) for aspect in ASPECTS}

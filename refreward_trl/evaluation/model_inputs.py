@@ -105,10 +105,24 @@ class Model:
 
 
 def read_models(words: Sequence[str]) -> list[Model]:
-    """Reads `LABEL=SOURCE` or `SOURCE`, which is then called by its last part.
+    """Does what `label_models` does, for a comparison.
 
     Raises:
         ConfigError: There are fewer than two, or two are called alike.
+    """
+    models = label_models(words, where="--models")
+    if len(models) < 2:
+        raise ConfigError(
+            "there is nothing to compare: one model", where="--models", fix="add a second one, for example bicubic"
+        )
+    return models
+
+
+def label_models(words: Sequence[str], *, where: str) -> list[Model]:
+    """Reads `LABEL=SOURCE` or `SOURCE`, which is then called by its last part.
+
+    Raises:
+        ConfigError: Two are called alike; `where` names the setting.
     """
     models = []
     for word in words:
@@ -120,11 +134,7 @@ def read_models(words: Sequence[str]) -> list[Model]:
     labels = [model.label for model in models]
     if repeated := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(
-            f"two models are called {repeated[0]!r}", where="--models", fix="name them: before=FOLDER after=FOLDER"
-        )
-    if len(models) < 2:
-        raise ConfigError(
-            "there is nothing to compare: one model", where="--models", fix="add a second one, for example bicubic"
+            f"two models are called {repeated[0]!r}", where=where, fix="name them: before=FOLDER after=FOLDER"
         )
     return models
 

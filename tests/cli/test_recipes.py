@@ -68,7 +68,7 @@ def test_a_recipe_opens_with_a_command_that_runs_it(name):
     recipe = read_recipe(name)
     comments = [line for line in find_recipe(name).read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     commands = [line.lstrip("# ") for line in comments if line.lstrip("# ").startswith("refreward ")]
-    assert shlex.split(commands[0])[1:] == [recipe.method, "--config", f"recipes/{name}.yaml"]
+    assert shlex.split(commands[0])[1:] == [*recipe.method.split(), "--config", f"recipes/{name}.yaml"]
     assert any(line.startswith("# Hardware: ") for line in comments)
 
 
