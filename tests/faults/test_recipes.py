@@ -37,7 +37,7 @@ answers = []
 for case in json.load(sys.stdin):
     if case["text"] is not None:
         Path("r.yaml").write_text(case["text"])
-    words = [case["method"], *(["--config", "r.yaml"] if case["text"] is not None else []), *case["flags"]]
+    words = [*case["method"].split(), *(["--config", "r.yaml"] if case["text"] is not None else []), *case["flags"]]
     with contextlib.redirect_stderr(io.StringIO()) as text:
         try:
             code = app.main(words)
