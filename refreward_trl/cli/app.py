@@ -33,6 +33,8 @@ COMMANDS = (
     Command("train", "finetune", "a generator on pairs of low- and high-resolution images"),
     Command("train", "data", "preference datasets: convert, validate, stats, split, build"),
     Command("train", "rm", "a reward model on ranked candidates of one low-resolution image"),
+    Command("train", "rm-sft", "a start for a reward model that thinks before it answers"),
+    Command("train", "rm-grpo", "a reward model that thinks before it answers, by GRPO on ranking rewards"),
     Command("train", "refl", "align a generator by the gradient of a reward"),
     Command("train", "ddpo", "align a generator by policy gradient: the reward may be a black box"),
     Command("train", "doctor", "what a run will take in memory, time and disk, and what helps if it is too much"),
@@ -93,7 +95,7 @@ def _dispatch(words: list[str]) -> int:
             f"there is no command {words[0]!r}{did_you_mean(words[0], NAMES)}",
             fix="`refreward --help` lists the commands",
         )
-    command = importlib.import_module(f"refreward_trl.cli.{words[0]}")
+    command = importlib.import_module(f"refreward_trl.cli.{words[0].replace('-', '_')}")
     return command.main(words[1:]) or 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from refreward_trl.errors import ConfigError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from refreward_trl.data.pairs import PairDataset
+    from refreward_trl.data.preferences import PreferenceGroup
     from refreward_trl.generators.base import Generator
     from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments
     from refreward_trl.types import RewardFunction
@@ -235,6 +236,41 @@ def load_photos(source: str, split: str) -> dict[str, Tensor]:
             fix="name a folder of HR images",
         )
     return {row["sample_id"]: row["hr_image"] for row in (dataset[index] for index in range(len(dataset)))}
+
+
+def constructed_groups(
+    arguments: DataArguments,
+    photos: str,
+    split: str,
+    seed: int,
+    *,
+    kinds: Sequence[str] | None = None,
+    painted_share: float | None = None,
+) -> Callable[[int], PreferenceGroup]:
+    """Returns what constructs group number `i` from the HR images of a source.
+
+    Args:
+        arguments: Crops, scale and degradation.
+        photos: The source.
+        split: Its split.
+        seed: Of everything that is drawn.
+        kinds: Artefacts; None for those of the default judge.
+        painted_share: See `data.candidates.constructed_group`; None for its default.
+    """
+    import functools
+
+    from refreward_trl.data.candidates import JUDGE_KINDS, PAINTED_SHARE, constructed_group
+
+    return functools.partial(
+        constructed_group,
+        load_photos(photos, split),
+        seed=seed,
+        crop_size=arguments.crop_size,
+        scale=arguments.scale,
+        kinds=JUDGE_KINDS if kinds is None else tuple(kinds),
+        painted_share=PAINTED_SHARE if painted_share is None else painted_share,
+        degradations=tuple(dict.fromkeys(("bicubic", arguments.degradation))),
+    )
 
 
 def build_rewards(entries: Sequence[Any]) -> tuple[list[RewardFunction], list[str], list[float]]:

@@ -21,9 +21,12 @@ from refreward_trl.errors import CheckpointError, RefRewardError
 
 if TYPE_CHECKING:
     from refreward_trl.cli.recipe import Recipe
-    from refreward_trl.trainers.arguments import GeneratorArguments
+    from refreward_trl.trainers.arguments import DataArguments, GeneratorArguments
 
 _WIDTH = 12
+
+JUDGE_METHODS = ("rm", "rm-sft", "rm-grpo")
+"""The commands that train a judge and no generator."""
 
 
 def show_plan(recipe: Recipe) -> None:
@@ -51,11 +54,21 @@ def _parts(recipe: Recipe) -> Mapping[str, Callable[[], str]]:
         from refreward_trl.cli.data_build import plan
 
         return plan(recipe)
-    from refreward_trl.trainers.arguments import CropArguments, DataArguments, GeneratorArguments, RewardArguments
+    from refreward_trl.trainers.arguments import (
+        CropArguments,
+        DataArguments,
+        GeneratorArguments,
+        JudgeArguments,
+        RewardArguments,
+    )
 
     data = build_arguments(DataArguments, recipe.values)
     parts: dict[str, Callable[[], str]] = {"run": lambda: _describe_run(recipe)}
-    if recipe.method != "rm":
+    if recipe.method in JUDGE_METHODS:
+        judged = build_arguments(JudgeArguments, recipe.values)
+        if judged.preferences is not None:
+            parts["preferences"] = lambda: _describe_preferences(str(judged.preferences), data)
+    else:
         source = build_arguments(GeneratorArguments, recipe.values)
         parts["generator"] = lambda: describe_generator(source)
         if source.generator_family or _is_file(source):
@@ -128,10 +141,26 @@ def _describe_run(recipe: Recipe) -> str:
 def _config_class(method: str) -> Any:
     from refreward_trl.trainers.ddpo_config import SRDDPOConfig
     from refreward_trl.trainers.finetune_config import SRFinetuneConfig
+    from refreward_trl.trainers.judge_grpo import JudgeGRPOConfig
+    from refreward_trl.trainers.judge_sft import JudgeSFTConfig
     from refreward_trl.trainers.ref_reward_config import RefRewardConfig
     from refreward_trl.trainers.refl_config import SRReFLConfig
 
-    return {"finetune": SRFinetuneConfig, "rm": RefRewardConfig, "refl": SRReFLConfig, "ddpo": SRDDPOConfig}[method]
+    return {
+        "finetune": SRFinetuneConfig,
+        "rm": RefRewardConfig,
+        "rm-sft": JudgeSFTConfig,
+        "rm-grpo": JudgeGRPOConfig,
+        "refl": SRReFLConfig,
+        "ddpo": SRDDPOConfig,
+    }[method]
+
+
+def _describe_preferences(source: str, data: DataArguments) -> str:
+    from refreward_trl.data.preferences import read_preferences
+
+    counts = [len(read_preferences(source, split=split)) for split in (data.dataset_split, data.eval_dataset_split)]
+    return f"{source}: {counts[0]} groups to learn from, {counts[1]} to evaluate on"
 
 
 def _describe_adapter(source: GeneratorArguments) -> str:

@@ -16,7 +16,7 @@ from refreward_trl.cli.strict_yaml import MAX_DEPTH, read_scalar
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
-METHODS = ("finetune", "rm", "refl", "ddpo", "data build")
+METHODS = ("finetune", "rm", "rm-sft", "rm-grpo", "refl", "ddpo", "data build")
 """The commands that read a recipe."""
 
 ENTRY_TYPE = "reward"

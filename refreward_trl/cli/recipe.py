@@ -25,6 +25,8 @@ METHOD_KEY = "method"
 REQUIRED = {
     "finetune": ("output_dir",),
     "rm": ("output_dir",),
+    "rm-sft": ("output_dir",),
+    "rm-grpo": ("output_dir", "judge"),
     "refl": ("output_dir", "rewards"),
     "ddpo": ("output_dir", "rewards"),
     "data build": ("output_dir",),

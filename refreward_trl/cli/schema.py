@@ -218,6 +218,7 @@ def _first_sentence(text: str) -> str:
 def generate() -> dict[str, Any]:
     """Returns the content of `schema.json` for the installed classes."""
     from transformers import TrainingArguments
+    from trl import GRPOConfig, SFTConfig
 
     from refreward_trl.data.preference_building import BuildArguments
     from refreward_trl.rewards import REWARD_NAMES
@@ -231,6 +232,8 @@ def generate() -> dict[str, Any]:
     )
     from refreward_trl.trainers.ddpo_config import SRDDPOConfig
     from refreward_trl.trainers.finetune_config import SRFinetuneConfig
+    from refreward_trl.trainers.judge_grpo import JudgeGRPOConfig
+    from refreward_trl.trainers.judge_sft import JudgeSFTConfig
     from refreward_trl.trainers.ref_reward_config import RefRewardConfig
     from refreward_trl.trainers.refl_config import SRReFLConfig
     from refreward_trl.trainers.run_config import RunConfig
@@ -246,6 +249,10 @@ def generate() -> dict[str, Any]:
         SRReFLConfig: AlignmentConfig,
         SRDDPOConfig: AlignmentConfig,
         RefRewardConfig: RunConfig,
+        GRPOConfig: TrainingArguments,
+        JudgeGRPOConfig: GRPOConfig,
+        SFTConfig: TrainingArguments,
+        JudgeSFTConfig: SFTConfig,
     }
     run = ["TrainingArguments", "RunConfig"]
     alignment = [*run, "AlignmentConfig", "GeneratorArguments", "DataArguments", "CropArguments"]
@@ -253,6 +260,8 @@ def generate() -> dict[str, Any]:
         "methods": {
             "finetune": [*alignment, "SRFinetuneConfig"],
             "rm": [*run, "DataArguments", "JudgeArguments", "RefRewardConfig"],
+            "rm-sft": ["TrainingArguments", "SFTConfig", "DataArguments", "JudgeArguments", "JudgeSFTConfig"],
+            "rm-grpo": ["TrainingArguments", "GRPOConfig", "DataArguments", "JudgeArguments", "JudgeGRPOConfig"],
             "refl": [*alignment, "RewardArguments", "SRReFLConfig"],
             "ddpo": [*alignment, "RewardArguments", "SRDDPOConfig"],
             "data build": ["BuildArguments"],

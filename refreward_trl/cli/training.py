@@ -19,6 +19,7 @@ from refreward_trl.cli.building import (
     build_test_rows,
     build_train_dataset,
     check_prompts,
+    constructed_groups,
     is_module,
     load_photos,
 )
@@ -204,8 +205,7 @@ def train_judge(recipe: Recipe) -> None:
             device=config.device,
         )
         figures = {"judge": report.summary()}
-    facts = {"steps": trainer.state.global_step, "seconds": trainer.state.log_history[-1].get("train_runtime")}
-    write_summary(folder, recipe, figures, {**facts, "seed": config.seed, "versions": _versions()})
+    write_summary(folder, recipe, figures, run_facts(trainer))
 
 
 def _stored_groups(
@@ -229,19 +229,9 @@ def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _groups(
     data: DataArguments, kinds: Sequence[str], painted_share: float, source: str, split: str, count: int, seed: int
 ) -> Any:
-    from refreward_trl.data.candidates import constructed_group
     from refreward_trl.data.preferences import GroupDataset
 
-    build = functools.partial(
-        constructed_group,
-        load_photos(source, split),
-        seed=seed,
-        crop_size=data.crop_size,
-        scale=data.scale,
-        kinds=kinds,
-        painted_share=painted_share,
-        degradations=tuple(dict.fromkeys(("bicubic", data.degradation))),
-    )
+    build = constructed_groups(data, source, split, seed, kinds=kinds, painted_share=painted_share)
     # Building a group costs about as much as scoring it: each is built once.
     return GroupDataset(functools.cache(build), count)
 
@@ -313,6 +303,12 @@ def write_summary(folder: Path, recipe: Recipe, figures: Mapping[str, Any], fact
     }
     write_json(path, {"method": recipe.method, **figures, **rest, "recipe": recipe.values})
     print(f"wrote {path}")
+
+
+def run_facts(trainer: Any) -> dict[str, Any]:
+    """Returns what a summary says about a run of any Trainer."""
+    facts = {"steps": trainer.state.global_step, "seconds": trainer.state.log_history[-1].get("train_runtime")}
+    return {**facts, "seed": trainer.args.seed, "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

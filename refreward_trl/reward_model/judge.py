@@ -15,6 +15,7 @@ from refreward_trl.errors import ConfigError
 from refreward_trl.reward_model.families import judge_family
 from refreward_trl.reward_model.question import JudgePrompt, sizes_of
 from refreward_trl.reward_model.spec import JudgeSpec
+from refreward_trl.reward_model.vision_attention import batched_vision_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,6 +132,44 @@ class MLLMJudge:
         output = module(**inputs, logits_to_keep=1, use_cache=False)
         logits = output.logits[:, -1, answers.to(output.logits.device)]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def write(
+        self,
+        prompt: JudgePrompt,
+        visuals: Sequence[Tensor],
+        *,
+        num_samples: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Lets the network answer in words, up to `spec.max_new_tokens`.
+
+        Args:
+            prompt: The question.
+            visuals: What it is about, see `question.shown_visuals`; b rows.
+            num_samples: Answers per row.
+            temperature: Of sampling; 0 takes the most likely token.
+            seed: Of the samples; the global random state is left alone.
+
+        Returns:
+            b times `num_samples` texts, those of one row next to each other.
+        """
+        visuals = [visual.repeat_interleave(num_samples, dim=0) for visual in visuals]
+        inputs: dict[str, Any] = prompt.token_inputs(visuals) | self.family.pixel_inputs(visuals)
+        options: dict[str, Any] = {
+            "max_new_tokens": self.spec.max_new_tokens,
+            "do_sample": temperature > 0,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), batched_vision_attention(self.model):
+            torch.manual_seed(seed)
+            output = self.model.generate(**inputs, **options)  # pyright: ignore[reportCallIssue]
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
     def _position_ids(self, prompt: JudgePrompt, visuals: Sequence[Tensor]) -> Tensor | None:
         """Rotary positions `(3, 1, tokens)`: the same for every row, so they are computed for one row and kept."""

@@ -17,7 +17,6 @@ from refreward_trl.reward_model.judge import SPEC_FILE, MLLMJudge
 from refreward_trl.reward_model.preprocess import split_tiles
 from refreward_trl.reward_model.question import JudgePrompt, shown_visuals
 from refreward_trl.reward_model.spec import JudgeSpec
-from refreward_trl.reward_model.vision_attention import batched_vision_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,7 +103,16 @@ class ReasonJudge(MLLMJudge):
         rows = max(1, self.rows_per_forward(self.prompt, visuals) // self.num_samples)
         texts: list[str] = []
         for index, (lr_part, sr_part) in enumerate(zip(lr_tiles.split(rows), sr_tiles.split(rows), strict=True)):
-            texts.extend(self._generate(lr_part, sr_part, index))
+            visuals = shown_visuals(lr_part, [sr_part], self.spec)
+            texts.extend(
+                self.write(
+                    self.prompt,
+                    visuals,
+                    num_samples=self.num_samples,
+                    temperature=self.temperature,
+                    seed=stateless_seed(self.seed, "reason", index),
+                )
+            )
         per_image = count * self.num_samples
         return [self._read(texts[start : start + per_image]) for start in range(0, len(texts), per_image)]
 
@@ -112,24 +120,6 @@ class ReasonJudge(MLLMJudge):
         """Returns the ratings alone, NaN where there is none; see `reason`."""
         ratings = [answer.rating for answer in self.reason(lr_image, sr_image)]
         return torch.tensor(ratings, dtype=torch.float32, device=sr_image.device)
-
-    def _generate(self, lr_image: Tensor, sr_image: Tensor, part: int) -> list[str]:
-        lr_image, sr_image = (image.repeat_interleave(self.num_samples, dim=0) for image in (lr_image, sr_image))
-        visuals = shown_visuals(lr_image, [sr_image], self.spec)
-        inputs: dict[str, Any] = self.prompt.token_inputs(visuals) | self.family.pixel_inputs(visuals)
-        options: dict[str, Any] = {
-            "max_new_tokens": self.spec.max_new_tokens,
-            "do_sample": self.temperature > 0,
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-        if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), batched_vision_attention(self.model):
-            torch.manual_seed(stateless_seed(self.seed, "reason", part))
-            output = self.model.generate(**inputs, **options)  # pyright: ignore[reportCallIssue]
-        new = output[:, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
     def _read(self, texts: list[str]) -> ReasonedRating:
         ratings = [parse_rating(text, *self.spec.rating_range) for text in texts]

@@ -32,6 +32,10 @@ _SPECIAL_TOKENS = (
     VIDEO_TOKEN,
     "<unk>",
 )
+_REASONING_WORDS = (
+    *("<think>", "</think>", "<answer>", "</answer>"),
+    *("think", "choose", "then", "it", "looks", "poor", "fair", "good"),
+)
 _WORDS = (
     *(str(digit) for digit in range(10)),
     *("user", "assistant", "rate", "the", "image", "against", "its", "reference"),
@@ -44,9 +48,14 @@ _BLUE_DIFFERENCE = (-0.169, -0.331, 0.5)
 _RED_DIFFERENCE = (0.5, -0.419, -0.081)
 
 
-def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a word-level tokenizer of 32 tokens with Qwen's special tokens and a chat template."""
-    vocabulary = {token: index for index, token in enumerate((*_SPECIAL_TOKENS, *_WORDS))}
+def build_tiny_tokenizer(*, reasoning: bool = False) -> PreTrainedTokenizerFast:
+    """Returns a word-level tokenizer of 32 tokens with Qwen's special tokens and a chat template.
+
+    Args:
+        reasoning: Adds the tags and words of `trainers.reasoning_rows.rationale`.
+    """
+    words = (*_SPECIAL_TOKENS, *_WORDS, *(_REASONING_WORDS if reasoning else ()))
+    vocabulary = {token: index for index, token in enumerate(words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), behavior="removed")
     tokenizer = PreTrainedTokenizerFast(
@@ -72,6 +81,7 @@ def build_tiny_judge(
     patch: int = 8,
     seed: int = 0,
     spec: JudgeSpec | None = None,
+    reasoning: bool = False,
 ) -> RateJudge:
     """Builds an untrained tiny judge.
 
@@ -85,6 +95,7 @@ def build_tiny_judge(
         patch: Side of a vision patch in pixels.
         seed: Seed of the random weights; the global random state is left alone.
         spec: The question; by default the "clip" spec for this patch size.
+        reasoning: Give it the words to reason with; its spec should have the prompts.
 
     Returns:
         The judge, in train mode, with trainable weights on the CPU.
@@ -99,7 +110,7 @@ def build_tiny_judge(
             where="build_tiny_judge",
         )
     spec = spec or JudgeSpec(patch=patch)
-    tokenizer = build_tiny_tokenizer()
+    tokenizer = build_tiny_tokenizer(reasoning=reasoning)
     temporal = text_dim // text_heads // 8
     spatial = text_dim // text_heads // 2 - temporal
     config = Qwen2_5_VLConfig(
