@@ -189,4 +189,5 @@ def _confidence(margins: Floats, temperature: float) -> Floats:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return np.exp(-np.logaddexp(0.0, -x))
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        return np.exp(-np.logaddexp(0.0, -x))

@@ -229,7 +229,7 @@ def _reward_protocol(name: str, reward: RewardFunction) -> Protocol:
         RGB,
         details="a reward of the user's",
         package="",
-        judge=_source_digest(reward),
+        judge=source_digest(reward),
     )
 
 
@@ -256,7 +256,7 @@ def _weights_digest(network: torch.nn.Module) -> str:
     return digest(*parts)
 
 
-def _source_digest(reward: RewardFunction) -> str:
+def source_digest(reward: RewardFunction) -> str:
     target: Any = getattr(reward, "func", reward)
     target = target if inspect.isroutine(target) else type(target)
     try:

@@ -61,7 +61,7 @@ def evaluation_report(evaluation: Evaluation, measured: Measured | None = None) 
 
 def as_text(evaluation: Evaluation) -> str:
     """The tables for a terminal."""
-    return "\n\n".join(_text_table(_table(evaluation, figure)) for figure in evaluation.figures)
+    return "\n\n".join(text_table(_table(evaluation, figure)) for figure in evaluation.figures)
 
 
 def trade_offs(evaluation: Evaluation) -> Iterator[LineChart]:
@@ -172,7 +172,7 @@ def _row(evaluation: Evaluation, figure: Figure, label: str) -> list[Cell | str]
     return cells
 
 
-def _text_table(table: Table) -> str:
+def text_table(table: Table) -> str:
     grid = [[str(name) for name in table.header]]
     grid += [[f"{cell.text} ({cell.detail})" if cell.detail else cell.text for cell in row] for row in table.cells]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]

@@ -17,7 +17,7 @@ from typing import Any, Self
 from refreward_trl import __version__
 from refreward_trl.errors import DataError
 
-HR, LR = "hr_image", "lr_image"
+HR, LR, NOTHING = "hr_image", "lr_image", "nothing"
 """What a metric compares the SR image with."""
 
 EIGHT_BITS = "SR image rounded to 8 bits, as a saved file is; values in [0, 1]"
