@@ -45,6 +45,12 @@ def examples() -> list[list[str]]:
     return [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
 
 
+def with_config(words: list[str]) -> tuple[str, str, list[str]]:
+    """The command, which may have two words, its recipe, and the flags after it."""
+    place = words.index("--config")
+    return " ".join(words[:place]), words[place + 1], words[place + 2 :]
+
+
 def execute(block: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(block, names)
@@ -93,8 +99,8 @@ def test_the_trainer_of_ones_own_halves_the_loss(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("words", [words for words in commands() if "--config" in words], ids=" ".join)
 def test_recipes_and_their_overrides_are_valid(words: list[str]) -> None:
     start = words.index("refreward_trl" if "refreward_trl" in words else "refreward")
-    method, option, recipe, *flags = words[start + 1 :]
-    assert option == "--config" and read_recipe(recipe, method=method, flags=flags).method == method
+    method, recipe, flags = with_config(words[start + 1 :])
+    assert read_recipe(recipe, method=method, flags=flags).method == method
     if words[0] == "accelerate":
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
 
@@ -110,9 +116,10 @@ def test_the_other_commands_run(words: list[str]) -> None:
 def test_examples_use_flags_and_recipes_that_exist(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     start = words.index("refreward_trl" if "refreward_trl" in words else "refreward")
     method, *rest = words[start + 1 :]
-    if "--config" in rest and method in METHODS:
-        flags = [word for word in rest if word != "--dry-run"]
-        assert read_recipe(flags[1], method=method, flags=flags[2:]).method == method
+    if "--config" in rest and with_config([method, *rest])[0] in METHODS:
+        method, recipe, flags = with_config([method, *rest])
+        flags = [word for word in flags if word != "--dry-run"]
+        assert read_recipe(recipe, method=method, flags=flags).method == method
         return
     with pytest.raises(SystemExit, match="0"):
         app.main([method, "--help"])

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int | None:
     """Runs one of the actions."""
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
-        return None
+        raise SystemExit(0)
     action, *words = argv
     if action not in ACTIONS:
         raise ConfigError(

@@ -45,16 +45,18 @@ def prefs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_every_action_explains_itself(action: str, capsys: Any) -> None:
-    words = ["data", action, "--help"]
+    shown = shown_by(["data", action, "--help"], capsys)
+    assert f"refreward data {action}" in shown.partition("example")[2]
+    assert len(shown.splitlines()) < 60 and max(map(len, shown.splitlines())) < 120
+    assert f"\n  {action} " in shown_by(["data", "--help"], capsys)
+
+
+def shown_by(words: list[str], capsys: Any) -> str:
     try:
         assert app.main(words) == 0
     except SystemExit as stop:
         assert stop.code == 0
-    shown = capsys.readouterr().out
-    assert f"refreward data {action}" in shown.partition("example")[2]
-    assert len(shown.splitlines()) < 60 and max(map(len, shown.splitlines())) < 120
-    assert app.main(["data", "--help"]) == 0
-    assert f"\n  {action} " in capsys.readouterr().out
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
