@@ -230,12 +230,12 @@ def _scan_table(table: Dataset, where: str, split: str, scan: Scan) -> None:
     rest = table.remove_columns([name for name in ("lr", "hr", "candidates") if name in table.column_names])
     label = f"{where}, split {split}" if split else where
     own_split = "" if "split" in table.column_names else split
-    for row, values in enumerate(rest):
+    for row, values in enumerate(plain_rows(rest)):
         lr_image, hr_image, place = lr_images[row], hr_images[row], f"{label}: row {row}"
         if lr_image is None:
             scan.problems.append(DataError("the LR image is missing", where=place, fix="fill it, or drop the row"))
         images = None if lr_image is None else RowImages(lr_image, tuple(candidates[row]), hr_image)
-        scan.add(dict(values), images, len(candidates[row]), place, own_split)
+        scan.add(values, images, len(candidates[row]), place, own_split)
 
 
 def listed_image_cells(table: Dataset, column: str, where: str) -> list[list[ImageSource]]:
@@ -268,6 +268,14 @@ def filled_image_cells(table: Dataset, column: str, where: str) -> list[ImageCel
         cell.is_valid and (cell["bytes"].is_valid or cell["path"].is_valid) for cell in _arrow_cells(cells[0].table)
     )
     return [cell if is_there else None for cell, is_there in zip(cells, filled, strict=True)]
+
+
+def plain_rows(table: Dataset) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a table as they are stored. `datasets` itself would decode what a column says it holds, and
+    open any file, and fetch any address, that a cell names."""
+    for part in table.with_format("arrow").iter(_ROWS_AT_ONCE):
+        rows: Any = part
+        yield from rows.to_pylist()
 
 
 def _arrow_cells(single: Dataset) -> Iterator[Any]:

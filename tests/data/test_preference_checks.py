@@ -96,7 +96,7 @@ def test_contradictions_are_those_of_one_person_or_of_all_votes_together() -> No
     assert not check(group(choices=(choice(0, 1), choice(1, 0))))
     # Other aspects are other questions; ties close no circle.
     assert not check(group(choices=(choice(0, 1, annotator="x"), choice(1, 0, annotator="x", aspect="consistency"))))
-    assert not check(group(choices=(choice(0, 1), choice(1, 2), choice(2, 0, "tie"))))
+    assert not check(group(choices=(choice(2, 1), choice(1, 0), choice(0, 2, "tie"))))
     # Ranks and choices can close a circle together.
     assert check(group(ranks={"overall": (1, 2, None)}, choices=(choice(1, 2), choice(2, 0))))
 

@@ -381,6 +381,32 @@ def test_bad_cells_of_parquet_are_named_too(tmp_path: Path) -> None:
         empty_record.load()
 
 
+def test_no_other_column_is_decoded(tmp_path: Path) -> None:
+    """A table may say that any column holds images, and its cells may name any file."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    from refreward_trl.data.preference_converters import convert_preferences
+    from refreward_trl.data.preference_writers import features
+
+    image, secret = datasets.Image(), {"bytes": None, "path": "/nowhere/secret.png"}
+    cell, large = ({"bytes": ImageTensor(picture(0, *size)).encoded(), "path": None} for size in ((16, 24), (32, 48)))
+    other = {"bytes": ImageTensor(picture(1, 32, 48)).encoded(), "path": None}
+    stray = {"extra": secret, "nested": [{"picture": secret}]}
+    rows = [{"sample_id": "a", "lr": cell, "candidates": [large, other], "ranks": [1, 2], **stray}]
+    kinds = {"extra": image, "nested": datasets.List({"picture": image})}
+    schema = datasets.Features({**features(), **kinds}).arrow_schema
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    assert len(read_preferences(tmp_path / "a.parquet")[0].pairs()) == 1
+    rows = [{"images": [cell, large, other], "chosen": "A", "rejected": "B", **stray}]
+    text = datasets.Value("string")
+    kinds |= {"images": datasets.List(image), "chosen": text, "rejected": text}
+    table = pyarrow.Table.from_pylist(rows, schema=datasets.Features(kinds).arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    assert len(convert_preferences(tmp_path / "b.parquet", "trl")[0].pairs()) == 1
+
+
 @pytest.mark.parametrize("content", ["nothing", "empty", "pictures"])
 def test_what_is_no_dataset_is_refused(content: str, tmp_path: Path) -> None:
     if content == "empty":

@@ -16,6 +16,7 @@ from refreward_trl.data.preference_files import (
     image_file,
     listed_image_cells,
     metadata_files,
+    plain_rows,
     read_json_lines,
     table_splits,
 )
@@ -197,8 +198,8 @@ def _table_rows(table: Dataset, where: str, split: str) -> Iterator[TableRow]:
                 cells[column] = listed_image_cells(table, column, where)
     rest = table.remove_columns(list(cells))
     label = f"{where}, split {split}" if split else where
-    for row in range(len(table)):
-        values = dict(rest[row]) if rest.column_names else {}
+    stored = plain_rows(rest) if rest.column_names else iter([{}] * len(table))
+    for row, values in enumerate(stored):
         images = {column: found[row] for column, found in cells.items()}
         yield TableRow(f"{label}: row {row}", values, str(values.get("split") or split), cells=images)
 
