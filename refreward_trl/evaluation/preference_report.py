@@ -116,13 +116,13 @@ def _caveats(evaluation: PreferenceEvaluation) -> Iterator[str]:
     for identity, what in zip(evaluation.identities, ("generator", "generator and artefact"), strict=False):
         if identity.is_known:
             yield (
-                f"Knowing the {what} of each image, and seeing none, predicts {_percent(identity.accuracy.mean)} of the "
-                f"pairs that it can say anything about. A scorer that does no better may have learnt to recognise these."
+                f"Knowing the {what} of each image, and seeing none, predicts {_percent(identity.accuracy.mean)} of "
+                "the pairs that it says anything about. A scorer that does no better may have learnt to recognise it."
             )
         else:
             yield (
-                f"The baseline that knows the {what} of each image cannot be computed: {identity.problem}. Nothing here "
-                "shows that a model does not merely recognise who made an image."
+                f"The baseline that knows the {what} of each image cannot be computed: {identity.problem}. Nothing "
+                "here shows that a model does not merely recognise who made an image."
             )
     sources = sorted({pair.source for pair in evaluation.table.pairs})
     yield (
