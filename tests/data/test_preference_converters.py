@@ -149,7 +149,9 @@ def test_trl_rows_that_prefer_nothing_for_certain_are_all_refused(tmp_path: Path
         "there is no image in column images": {"images": []},
         "unknown aspect 'taste'": {"aspect": "taste"},
         "weight is 'heavy', not a number": {"weight": "heavy"},
-        "weight nan is not above 0": {"weight": "nan"},
+        "weight nan is no finite number above 0": {"weight": "nan"},
+        "weight inf is no finite number above 0": {"weight": "inf"},
+        "weight 0 is no finite number above 0": {"weight": 0},
         "'s' has another LR image": {"sample_id": "s", "images": ["lr_b.png", "x.png", "y.png"]},
     }
     rows = [{**good, "sample_id": "s"}, *({**good, **change} for change in bad.values())]

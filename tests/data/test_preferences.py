@@ -255,6 +255,15 @@ def test_shards_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [r.sample_id for r in read_preferences(tmp_path / "d")] == [r.sample_id for r in records]
 
 
+def test_any_sample_id_gets_files_of_its_own(tmp_path: Path) -> None:
+    """Whatever a path could make of the name, and where small letters and capitals are the same."""
+    records = [group(name) for name in ("a/b", "a_b", "A_b", "..", "../../x", ".", "a" * 300, "a" * 301)]
+    write_preferences(records, tmp_path / "d")
+    assert [plain(record) for record in read_preferences(tmp_path / "d")] == [plain(record) for record in records]
+    folders = [path.name.lower() for path in (tmp_path / "d/images").iterdir()]
+    assert len(set(folders)) == len(records) and sorted(p.name for p in tmp_path.iterdir()) == ["d"]
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     write_preferences(dataset(), tmp_path / "d")
     with pytest.raises(ConfigError, match="something is there already"):

@@ -88,7 +88,7 @@ class GroupPool:
             text = f"unknown aspect {comparison.aspect!r}"
             raise DataError(text, where=where, fix=f"one of {', '.join(ASPECTS)}")
         if not (math.isfinite(comparison.weight) and comparison.weight > 0):
-            raise DataError(f"weight {comparison.weight:g} is not above 0", where=where)
+            raise DataError(f"weight {comparison.weight:g} is no finite number above 0", where=where)
         digests = [digest_of(candidate.image) for candidate in (comparison.first, comparison.second)]
         if digests[0] == digests[1]:
             raise DataError("the two images that are compared are the same", where=where, fix="drop the row")
