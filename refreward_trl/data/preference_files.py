@@ -195,10 +195,11 @@ def image_file(name: Any, folder: Path, where: str, column: str) -> ImageFile:
     if not isinstance(name, str) or not name:
         text = "is missing" if name is None else f"is {name!r}, not the name of a file"
         raise DataError(f"{column} {text}", where=where, fix="write a path relative to the metadata file")
-    check_path(str(folder / name), str(folder), f"{where}, {column}")
-    if not (folder / name).is_file():
+    path = folder / name
+    check_path(str(path), str(folder), f"{where}, {column}")
+    if not path.is_file():
         raise DataError(f"{column}: there is no file {name}", where=where, fix="add it, or drop the row")
-    return ImageFile(folder / name)
+    return ImageFile(path)
 
 
 def table_splits(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -108,14 +109,17 @@ _MISSPELT_FIX = "rename the column: what it holds would not be read"
 
 def _misspelt(values: Mapping[str, Any]) -> list[str]:
     """Names columns that are nearly, but not quite, ones that this row lacks: nobody would miss their labels."""
-    absent = [column for column in COLUMNS if values.get(column) is None]
-    found = []
-    for column in values.keys() - set(COLUMNS):
-        if column.endswith("_ranks"):
-            found.append(f"{column}: unknown aspect {column.removesuffix('_ranks')!r}, there are {', '.join(ASPECTS)}")
-        elif near := difflib.get_close_matches(column, absent, n=1, cutoff=0.85):
-            found.append(f"unknown column {column!r}; did you mean {near[0]!r}?")
-    return sorted(found)
+    absent = tuple(column for column in COLUMNS if values.get(column) is None)
+    unknown = sorted(values.keys() - set(COLUMNS))
+    return [text for column in unknown if (text := _misspelling(column, absent))]
+
+
+@functools.cache
+def _misspelling(column: str, absent: tuple[str, ...]) -> str | None:
+    if column.endswith("_ranks"):
+        return f"{column}: unknown aspect {column.removesuffix('_ranks')!r}, there are {', '.join(ASPECTS)}"
+    near = difflib.get_close_matches(column, absent, n=1, cutoff=0.85)
+    return f"unknown column {column!r}; did you mean {near[0]!r}?" if near else None
 
 
 def _text(value: Any) -> str:
