@@ -95,7 +95,7 @@ def measure(
     config: Any, questions: Callable[[JudgeSpec], ReasoningRows], judge: Path, *, start: str | None
 ) -> dict[str, Any]:
     """Returns how a judge's answers are rewarded on held-out groups, and by how much more than those at the start."""
-    from refreward_trl.evaluation.reasoning_benchmark import gain, reward_answers
+    from refreward_trl.evaluation.reasoning_benchmark import gains, reward_answers
     from refreward_trl.reward_model.judge import MLLMJudge
     from refreward_trl.reward_model.loading import load_judge_as
     from refreward_trl.trainers.reasoning_judge import style_rewards
@@ -117,8 +117,12 @@ def measure(
     figures: dict[str, Any] = {"groups": len(after.photos), "samples": config.eval_samples, "after": after.summary()}
     if start is not None:
         before = ask(start, "ask the judge at the start")
-        risen = gain(before, after)
-        figures |= {"before": before.summary(), "gain": risen.mean, "gain_ci95": [risen.low, risen.high]}
+        risen = gains(before, after)
+        figures |= {
+            "before": before.summary(),
+            "gain": {name: found.mean for name, found in risen.items()},
+            "gain_ci95": {name: [found.low, found.high] for name, found in risen.items()},
+        }
     return figures
 
 

@@ -39,9 +39,14 @@ class GroupRewards:
         return {"reward": _mean(self.total), **{name: _mean(values) for name, values in self.each.items()}}
 
 
-def gain(before: GroupRewards, after: GroupRewards, *, seed: int = 0) -> Estimate:
-    """Returns how much the weighted sum rose on the same groups, with its 95 % interval resampled by photo."""
-    return estimate(after.total - before.total, before.photos, seed=seed)
+def gains(before: GroupRewards, after: GroupRewards, *, seed: int = 0) -> dict[str, Estimate]:
+    """Returns how much each reward, and `reward`, their weighted sum, rose on the same groups.
+
+    With 95 % intervals resampled by photo.
+    """
+    rises = {"reward": after.total - before.total}
+    rises |= {name: values - before.each[name] for name, values in after.each.items()}
+    return {name: estimate(rise, before.photos, seed=seed) for name, rise in rises.items()}
 
 
 def reward_answers(
