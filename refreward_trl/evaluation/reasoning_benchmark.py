@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,15 @@ from refreward_trl.reward_model.judge import MLLMJudge
 from refreward_trl.reward_model.question import JudgePrompt
 
 Reward = Callable[..., Sequence[float | None]]
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Questions that are made when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def gains(before: GroupRewards, after: GroupRewards, *, seed: int = 0) -> dict[s
 
 def reward_answers(
     judge: MLLMJudge,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     rewards: Sequence[Reward],
     weights: Sequence[float],
     *,

@@ -85,6 +85,12 @@ class RefRewardConfig(RunConfig):
                 raise ConfigError(
                     f"{self.quantization} weights cannot be trained", where="quantization", fix="set use_peft: true"
                 )
+            if self.quantization == "4bit" and self.device.type == "cpu" and self.eval_strategy != "no":
+                raise ConfigError(
+                    "on a CPU, bitsandbytes packs 4-bit weights for good at the first evaluation",
+                    where="eval_strategy",
+                    fix="set eval_strategy: no, or quantization: 8bit",
+                )
         if self.use_peft and self.judge == "conv":
             raise ConfigError("a convolutional judge takes no LoRA adapter", where="use_peft", fix="set it to false")
         check_range("lora_r", self.lora_r, low=1)

@@ -6,12 +6,16 @@ from pathlib import Path
 import published_models
 import pytest
 import torch
+from tiny_judges import byte_tokenizer, family_network, family_spec
 
 from refreward_trl.cli import app
 from refreward_trl.cli.building import LORA_TARGETS, build_arguments, build_lora, launch_settings
 from refreward_trl.cli.packaged import recipe_names
 from refreward_trl.cli.recipe import read_recipe
+from refreward_trl.data.image_sources import ImageTensor
 from refreward_trl.data.images import to_uint8, write_png
+from refreward_trl.data.preferences import Candidate, PreferenceRecord, write_preferences
+from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.trainers.arguments import GeneratorArguments
 
 REWARDS_FILE = """
@@ -196,6 +200,53 @@ def own_generator(values: dict, folder: Path, monkeypatch) -> list[str]:
     return [] if source in ("default", "new") else ["--generator", "generator"]
 
 
+def own_judge(values: dict, folder: Path) -> list[str]:
+    """Returns the flags that put a tiny multimodal LLM and tiny preferences in the place of a recipe's own."""
+    if values.get("judge", "new") in ("new", "conv", "default"):
+        return []
+    # 4-bit weights on a CPU need widths in multiples of 64.
+    tokenizer = byte_tokenizer("qwen2_5_vl")
+    network = family_network("qwen2_5_vl", tokenizer, width=64)
+    RateJudge(network, tokenizer, family_spec("qwen2_5_vl")).save_pretrained(folder / "mllm")
+    words = ["--judge", str(folder / "mllm"), "--judge_dtype", "float32", "--bf16", "false"]
+    words += ["--gradient_checkpointing", "false"]
+    if "preferences" in values:
+        write_preferences(
+            [preference(number, split) for number in range(4) for split in ("train", "val")], folder / "p"
+        )
+        words += ["--preferences", str(folder / "p")]
+    return words
+
+
+def preference(number: int, split: str) -> PreferenceRecord:
+    generator = torch.Generator().manual_seed(number)
+    lr_image = torch.randint(256, (3, 8, 8), generator=generator, dtype=torch.uint8)
+    candidates = tuple(
+        Candidate(ImageTensor(torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8)))
+        for _ in range(4)
+    )
+    name = f"{split}{number}"
+    return PreferenceRecord(
+        name,
+        name,
+        ImageTensor(lr_image),
+        candidates,
+        ranks={"overall": (0, 1, 2, 3)},
+        source="constructed",
+        split=split,
+    )
+
+
+REASONING = {
+    "per_device_train_batch_size": "8",
+    "mates": "2",
+    "max_groups": "8",
+    "eval_groups": "1",
+    "eval_samples": "1",
+    "crop_size": "32",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in recipe_names() if read_recipe(name).method != "data build"])
 def test_every_packaged_recipe_runs_two_steps(place, run, name, tmp_path, monkeypatch):
@@ -213,8 +264,13 @@ def test_every_packaged_recipe_runs_two_steps(place, run, name, tmp_path, monkey
         "1",
     ]
     words += ["--save_strategy", "steps"] if recipe.values.get("load_best_model_at_end") else []
-    words += ["--eval_strategy", "steps"]
     words += own_generator(recipe.values, tmp_path, monkeypatch)
+    words += own_judge(recipe.values, tmp_path)
+    if recipe.method in ("rm-sft", "rm-grpo"):  # TRL evaluates during training only with a dataset for it
+        words += [word for key, value in REASONING.items() for word in (f"--{key}", value)]
+        words += ["--num_generations", "2", "--max_completion_length", "4"] if recipe.method == "rm-grpo" else []
+    elif recipe.values.get("quantization") != "4bit":  # which a CPU cannot train on after an evaluation
+        words += ["--eval_strategy", "steps"]
     if recipe.method == "rm":
         words += ["--max_groups", "4", "--eval_groups", "1", "--test_pairs", "2"]
     if teachers := recipe.values.get("teachers"):
