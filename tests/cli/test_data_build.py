@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from refreward_trl.cli import app
 from refreward_trl.cli.recipe import read_recipe
 from refreward_trl.data.images import read_image, to_float, to_uint8, write_png
 from refreward_trl.data.preferences import PreferenceRecord, read_preferences
+from refreward_trl.evaluation import metrics
 from refreward_trl.generators.tiny import build_tiny_generator
 from refreward_trl.resampling import downscale, upscale
 from refreward_trl.rewards.fidelity import image_psnr
@@ -106,6 +108,16 @@ def test_a_metric_labels_and_is_named(photos: Path, capsys: Any) -> None:
         hr_image = to_float(record.hr_image.read())[None]
         values = [float(image_psnr(to_float(made.image.read())[None], hr_image)) for made in record.candidates]
         assert record.ranks["overall"] == tuple(1 + sum(other > value for other in values) for value in values)
+
+
+def test_of_a_distance_the_lowest_is_best(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of LPIPS, which needs a package that is not here."""
+    psnr = metrics.load_metric("psnr_rgb")
+    distance = dataclasses.replace(psnr, name="distance", measure=lambda s: -psnr.measure(s), better="lower")
+    by_psnr = built(methods=ALL, label="psnr_rgb", artefacts=[])
+    monkeypatch.setattr(metrics, "load_metric", lambda word, device: distance)
+    by_distance = built(methods=ALL, label="distance", artefacts=[], output_dir="again")
+    assert [record.ranks for record in by_distance] == [record.ranks for record in by_psnr]
 
 
 def test_contested_pairs_are_chosen_from_lr_images_alone(photos: Path) -> None:
