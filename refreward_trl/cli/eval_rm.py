@@ -25,17 +25,8 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow")
 
 def main(argv: list[str]) -> None:
     """Prints a table and writes `summary.json` and `report.html`."""
-    from refreward_trl.evaluation.preference_benchmark import as_dict
-    from refreward_trl.evaluation.preference_report import as_text, preference_report
-    from refreward_trl.evaluation.report import write_report
-
     arguments = read_arguments(argv)
-    evaluation = evaluate(arguments)
-    folder = arguments.output_dir
-    write_json(folder / RESULT_FILE, as_dict(evaluation))
-    write_report(folder / REPORT_FILE, preference_report(evaluation))
-    print(as_text(evaluation))
-    print(f"\nwrote {folder / RESULT_FILE} and {folder / REPORT_FILE}")
+    show(evaluate(arguments), arguments.output_dir)
 
 
 def read_arguments(argv: list[str]) -> Namespace:
@@ -117,6 +108,18 @@ def evaluate(arguments: Namespace) -> PreferenceEvaluation:
         },
         progress=lambda groups, label: tqdm(groups, desc=label, unit="group"),
     )
+
+
+def show(evaluation: PreferenceEvaluation, folder: Path) -> None:
+    """Prints the table, and writes the JSON and the page."""
+    from refreward_trl.evaluation.preference_benchmark import as_dict
+    from refreward_trl.evaluation.preference_report import as_text, preference_report
+    from refreward_trl.evaluation.report import write_report
+
+    write_json(folder / RESULT_FILE, as_dict(evaluation))
+    write_report(folder / REPORT_FILE, preference_report(evaluation))
+    print(as_text(evaluation))
+    print(f"\nwrote {folder / RESULT_FILE} and {folder / REPORT_FILE}")
 
 
 def read_records(data: Path, split: str | None) -> tuple[list[PreferenceRecord], str]:
