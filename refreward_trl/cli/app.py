@@ -35,6 +35,7 @@ COMMANDS = (
     Command("train", "rm", "a reward model on ranked candidates of one low-resolution image"),
     Command("train", "rm-sft", "a start for a reward model that thinks before it answers"),
     Command("train", "rm-grpo", "a reward model that thinks before it answers, by GRPO on ranking rewards"),
+    Command("train", "rm-distill", "let a large or reasoning judge label candidates for a small one"),
     Command("train", "eval-rm", "how good a reward model is, and whether it looks at the low-resolution image"),
     Command("train", "refl", "align a generator by the gradient of a reward"),
     Command("train", "ddpo", "align a generator by policy gradient: the reward may be a black box"),
