@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from refreward_trl.rewards import load_reward
     from refreward_trl.rewards.adapters import from_ddpo, from_pil, to_trl
     from refreward_trl.rewards.composite import RewardSpec
+    from refreward_trl.rewards.metrics_adapter import from_metric
     from refreward_trl.rewards.refreward import RefReward
     from refreward_trl.trainers.alignment_config import AlignmentConfig
     from refreward_trl.trainers.base import AlignmentTrainer
@@ -60,6 +61,7 @@ _HOMES = {
     "SRReFLTrainer": "trainers.refl_trainer",
     "degrade": "data.degradations",
     "from_ddpo": "rewards.adapters",
+    "from_metric": "rewards.metrics_adapter",
     "from_pil": "rewards.adapters",
     "load_generator": "generators",
     "load_pairs": "data.pairs",
@@ -92,6 +94,7 @@ __all__ = [
     "SRReFLTrainer",
     "degrade",
     "from_ddpo",
+    "from_metric",
     "from_pil",
     "load_generator",
     "load_pairs",

@@ -37,6 +37,7 @@ NAMES = {
     "SRReFLTrainer",
     "degrade",
     "from_ddpo",
+    "from_metric",
     "from_pil",
     "load_generator",
     "load_pairs",

@@ -76,6 +76,14 @@ def test_a_scorer_that_reads_the_lr_image_needs_the_right_one() -> None:
     assert result.ablations["blanked"].drop.mean == 0
 
 
+def test_a_scorer_that_reads_the_texture_of_the_lr_image_loses_it_with_a_blank_one() -> None:
+    def textured(lr_image: Tensor, sr_image: Tensor) -> Tensor:
+        return brightness(lr_image, sr_image) * lr_image.std(dim=(2, 3)).mean(dim=1).sub(1e-3).sign()
+
+    blanked, shuffled = (measure(scorer(textured), GROUPS).ablations[name] for name in ("blanked", "shuffled"))
+    assert (blanked.accuracy.mean, blanked.drop.mean, shuffled.drop.mean) == (0, 1, 0)
+
+
 def test_the_blank_image_has_the_mean_colour_alone() -> None:
     image = group(3).lr_image.read()
     plain = blank(image)
