@@ -158,12 +158,11 @@ def read_options(arguments: Namespace, names: list[str]) -> JudgeOptions:
                 fix=f"the models are called {', '.join(names)}",
             )
         specs[name] = Path(file)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = str(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    except RuntimeError as error:
-        raise ConfigError(
-            f"there is no device {arguments.device!r}", where="--device", fix="e.g. cpu, cuda"
-        ) from error
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such word; no such device, or a torch without it
+        raise ConfigError(f"there is no device {device!r}", where="--device", fix="e.g. cpu or cuda") from error
     return JudgeOptions(
         device=device,
         dtype=arguments.dtype,

@@ -118,6 +118,7 @@ def test_all_groups_are_used_where_no_split_is_called_test(folder: Path) -> None
         (["--model", BRIGHT, "--data", "prefs", "--metrics", "psnr"], 2, "several kinds of psnr"),
         (["--model", BRIGHT, "--data", "prefs", "--metrics", "gradient_energy"], 2, "neither direction"),
         (["--model", BRIGHT, "--data", "prefs", "--device", "gpu"], 2, "there is no device 'gpu'"),
+        (["--model", BRIGHT, "--data", "prefs", "--device", "cuda:99"], 2, "there is no device 'cuda:99'"),
         (["--model", BRIGHT, "--data", "prefs", "--spec", "other=spec.json"], 2, "no NAME=FILE"),
         (["--model", BRIGHT, "--data", "prefs", "--batch-size", "0"], 2, "--batch-size must be at least 1"),
         (["--model", BRIGHT, "--data", "prefs", "--out", "x"], 2, "unknown argument '--out'"),
