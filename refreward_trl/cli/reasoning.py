@@ -70,10 +70,9 @@ def make_questions(
     """
     from refreward_trl.trainers.reasoning_rows import ReasoningRows
 
-    group: Callable[[int], PreferenceGroup]
     if preferences is None:
         # Building a group costs more than asking about it, and each is asked about several times.
-        group = functools.cache(constructed_groups(data, photos, split, seed))
+        group: Callable[[int], PreferenceGroup] = functools.cache(constructed_groups(data, photos, split, seed))
     else:
         from refreward_trl.data.preference_groups import RecordGroups
         from refreward_trl.data.preferences import read_preferences
@@ -85,8 +84,10 @@ def make_questions(
         total = len(stored)
         count = min(count, total) if once else count
 
-        def group(number: int) -> PreferenceGroup:
+        def visit(number: int) -> PreferenceGroup:
             return stored.group(number % total, number // total)
+
+        group = visit
 
     return lambda spec: ReasoningRows(group, count, spec=spec, style=config.style, mates=config.mates, seed=seed)
 

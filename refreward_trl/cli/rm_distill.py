@@ -48,9 +48,8 @@ def main(argv: list[str]) -> None:
     labelled, unread = label(records, teacher, f"judge {arguments.teacher}")
     write_preferences(labelled, arguments.out, format=arguments.format)
     pairs = sum(len(record.choices) for record in labelled)
-    print(
-        f"wrote {arguments.out}: {len(labelled)} groups, {pairs} pairs in the teacher's order, which is no opinion of people"
-    )
+    print(f"wrote {arguments.out}: {len(labelled)} groups, {pairs} pairs in the teacher's order")
+    print("It is a judge's order, and no opinion of people.")
     if unread:
         print(f"{unread} candidates got no readable answer and take part in no pair")
 

@@ -78,7 +78,8 @@ def build_processor(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
         do_image_splitting=False, max_image_size={"longest_edge": spec.tile}, do_pad=False, **settings
     )
     tokens = (spec.tile // spec.pixel_multiple) ** 2
-    return Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=tokenizer.chat_template)
+    template: Any = tokenizer.chat_template
+    return Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=template)
 
 
 def load_processor(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: JudgeSpec) -> Any:

@@ -227,7 +227,7 @@ class RefReward(JudgeReward):
         self.dtype = _read_dtype(dtype)
         self.ask = ask
         self.spec = spec
-        self.quantization = quantization
+        self.quantization: Literal["8bit", "4bit"] | None = quantization
         self.share_lr = share_lr
         self.cache = cache
         self.limits: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}

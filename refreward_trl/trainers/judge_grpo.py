@@ -90,6 +90,7 @@ class JudgeGRPOTrainer(GRPOTrainer):
     ) -> None:
         self.opened = open_reasoning_judge(args, seed=args.seed, may_be_new=False)
         self.opened.network.requires_grad_(True)
+        rewards: Any
         rewards, args.reward_weights = style_rewards(args, self.opened.spec)
         super().__init__(
             model=self.opened.network,

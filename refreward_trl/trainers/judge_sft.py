@@ -43,7 +43,8 @@ class JudgeSFTConfig(ReasoningArguments, SFTConfig):
         super().__post_init__()
         self.check()
         # The rows are made when they are asked for: there is nothing to prepare.
-        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        given: Any = self.dataset_kwargs or {}
+        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
 
 
 class JudgeSFTTrainer(SFTTrainer):
