@@ -30,6 +30,7 @@ from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
 
 DEFAULT_JUDGE = "assets/judge"
+SPECS = "assets/specs"
 ADAPTER_FILE = "adapter_config.json"
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What is downloaded: no code and no pickles."""
@@ -66,8 +67,9 @@ def load_judge_as(
         source: `"default"` for the shipped judge; a folder with a network of one of `families.FAMILIES`, written by
             `MLLMJudge.save_pretrained` or by stock transformers; a folder with a LoRA adapter for such a network,
             which is merged into it (not if it is quantized); or a name on the Hugging Face Hub.
-        spec: How the network is asked, where the folder has no `judge_spec.json`: a spec or its JSON file. None takes
-            the folder's own, or else `default_spec` of the network's family.
+        spec: How the network is asked, where the folder has no `judge_spec.json`: a spec, its JSON file, or the name
+            of a packaged one, such as `"refreward_sr"`. None takes the folder's own, or else `default_spec` of the
+            network's family.
         dtype: Precision of the weights.
         quantization: `"8bit"` or `"4bit"` (nf4) by bitsandbytes; needs the extra `bnb`.
         device: Where the judge computes.
@@ -180,7 +182,7 @@ def _find_spec(
 ) -> JudgeSpec:
     own = next((path for folder in folders if (path := folder / SPEC_FILE).is_file()), None)
     if isinstance(given, (str, Path)):
-        given = read_spec(Path(given))
+        given = read_spec(find_spec_file(given))
     if own is None:
         if "judge_spec_hash" in model.config.to_dict():
             raise CheckpointError(
@@ -197,6 +199,12 @@ def _find_spec(
             fix="leave the spec out",
         )
     return spec
+
+
+def find_spec_file(name: str | Path) -> Path:
+    """Returns the JSON file of a spec: a path, or the name of one that comes with the package (`assets/specs`)."""
+    packaged = Path(str(files("refreward_trl") / SPECS)) / f"{name}.json"
+    return packaged if not Path(name).is_file() and packaged.is_file() else Path(name)
 
 
 def read_spec(path: Path) -> JudgeSpec:

@@ -13,7 +13,13 @@ from transformers import AutoModelForImageTextToText, BertConfig, BertModel
 from refreward_trl.errors import CheckpointError, ConfigError, SetupError
 from refreward_trl.reward_model.comparing import CompareJudge
 from refreward_trl.reward_model.judge import SPEC_FILE
-from refreward_trl.reward_model.loading import load_judge, load_judge_as, open_network
+from refreward_trl.reward_model.loading import (
+    find_spec_file,
+    load_judge,
+    load_judge_as,
+    open_network,
+    read_spec,
+)
 from refreward_trl.reward_model.scoring import RateJudge
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -74,6 +80,16 @@ def test_a_spec_can_be_given_as_a_file(tmp_path: Path) -> None:
     assert load_judge(folder, spec=tmp_path / "spec.json").spec == spec
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_judge(folder, spec=tmp_path / "missing.json")
+
+
+def test_the_packaged_spec_of_the_released_weights_is_read_and_marked(tmp_path: Path) -> None:
+    spec = read_spec(find_spec_file("refreward_sr"))
+    assert "not verified on the released weights" in spec.name
+    assert spec.reason_prompt
+    assert spec.compare_prompt
+    # It is for Qwen2.5-VL's own patch grid, and says so where another network is given.
+    with pytest.raises(CheckpointError, match="the spec says patch 14"):
+        load_judge(stock_folder(tmp_path), spec="refreward_sr")
 
 
 def test_an_adapter_is_merged_into_its_base(tmp_path: Path, pair: Pair) -> None:
