@@ -147,17 +147,18 @@ def read_options(arguments: Namespace, names: list[str]) -> JudgeOptions:
     import torch
 
     from refreward_trl.evaluation.preference_judges import JudgeOptions
+    from refreward_trl.reward_model.loading import find_spec_file
 
     specs = {}
     for word in arguments.spec:
         name, _, file = word.partition("=")
-        if name not in names or not Path(file).is_file():
+        if name not in names or not find_spec_file(file).is_file():
             raise ConfigError(
-                f"{word!r} is no NAME=FILE with the name of a model and a file",
+                f"{word!r} is no NAME=FILE with the name of a model and a file, or a packaged spec",
                 where="--spec",
                 fix=f"the models are called {', '.join(names)}",
             )
-        specs[name] = Path(file)
+        specs[name] = find_spec_file(file)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
