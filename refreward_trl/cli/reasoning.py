@@ -100,6 +100,10 @@ def measure(
     from refreward_trl.reward_model.judge import MLLMJudge
     from refreward_trl.reward_model.loading import load_judge_as
     from refreward_trl.trainers.reasoning_judge import style_rewards
+    from refreward_trl.trainers.sharding import keep_new_networks_whole
+
+    # The Trainer has told transformers of ZeRO-3 once more; here one rank opens judges alone.
+    keep_new_networks_whole()
 
     def ask(source: str | Path, title: str) -> Any:
         opened = load_judge_as(MLLMJudge, source, spec=config.judge_spec, device=config.device)

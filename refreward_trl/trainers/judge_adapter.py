@@ -34,9 +34,13 @@ def add_adapter(judge: MLLMJudge, config: PeftConfig) -> None:
     if getattr(model, "is_quantized", False):
         # Norms in fp32 and inputs that pass gradients; checkpointing is the Trainer's to switch on.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = model.config._name_or_path or None
-    judge.model = get_peft_model(model, config)  # type: ignore[assignment]
+    name = config.base_model_name_or_path or model.config._name_or_path or None
+    adapted: Any = get_peft_model(model, config)
+    # A relative path would mean another folder wherever the adapter is opened.
+    adapted.active_peft_config.base_model_name_or_path = (
+        str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    )
+    judge.model = adapted
 
 
 def has_adapter(judge: MLLMJudge) -> bool:

@@ -18,6 +18,7 @@ from refreward_trl.rewards.ranking import AnswerFormat, CorrectChoice, RankingFi
 from refreward_trl.trainers.judge_adapter import LORA_TARGETS, save_adapted
 from refreward_trl.trainers.reasoning_rows import ReasoningRows, check_size
 from refreward_trl.trainers.run_config import check_choice, check_range
+from refreward_trl.trainers.sharding import keep_new_networks_whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -73,7 +74,7 @@ class ReasoningArguments:
         return self.mates if self.style == "pointwise" else 2
 
     def check(self) -> None:
-        """Raises `ConfigError` for values out of range."""
+        """Raises `ConfigError` for values out of range, and readies the process for opening a judge."""
         check_choice("style", self.style, ("pointwise", "pairwise"))
         check_choice("judge_dtype", self.judge_dtype, ("float32", "bfloat16"))
         check_choice("resume", self.resume, ("auto", "never"))
@@ -82,6 +83,8 @@ class ReasoningArguments:
         check_range("swap_weight", self.swap_weight, low=0.0)
         for key in ("max_groups", "eval_groups", "eval_samples", "lora_r"):
             check_range(key, getattr(self, key), low=1)
+        # The judge is opened between the configuration and the trainer.
+        keep_new_networks_whole()
 
     def adapter(self) -> PeftConfig | None:
         """Returns the adapter to train, if `use_peft`."""
