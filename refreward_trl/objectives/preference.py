@@ -86,7 +86,8 @@ def fidelity_loss(
     """
     pairs = _score_pairs(scores, better, targets)
     likely = torch.special.ndtr(pairs.difference / (math.sqrt(2) * temperature)).clamp(_LEAST, 1 - _LEAST)
-    overlap = (likely * pairs.target).sqrt() + ((1 - likely) * (1 - pairs.target)).sqrt()
+    # Not the root of the product: it has no slope where the target is 0 or 1.
+    overlap = likely.sqrt() * pairs.target.sqrt() + (1 - likely).sqrt() * (1 - pairs.target).sqrt()
     return pairs.output(1 - overlap, weights)
 
 

@@ -95,7 +95,7 @@ def lines(trained: RefRewardTrainer, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["rate", "conv"])
-@pytest.mark.parametrize("loss_type", ["pairwise", "listwise"])
+@pytest.mark.parametrize("loss_type", ["pairwise", "listwise", "fidelity"])
 def test_training_learns_the_order(tmp_path: Path, kind: str, loss_type: str) -> None:
     judge = small_judge() if kind == "rate" else ConvJudge(widths=(16, 24), hidden=16)
     run = trainer(tmp_path, judge, max_steps=30, loss_type=loss_type)
