@@ -1,14 +1,15 @@
 """Our ReFL and DDPO trainers against the last diffusion trainers of TRL, 0.23.1: images per second and peak memory.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/vs_trl.py [--rounds 7] [--out figures.json]
+    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/vs_trl.py [--rounds 15] [--out figures.json]
 
 The arms, what they train and what one denoising step means on either side are in `vs_trl_arms.py`. All arms of a
 method wait, each in a process of its own, and take turns of a few updates; every second round goes through them
 backwards. A ratio is that of neighbouring turns, so that what slows the machine down slows both. An update scores as
 many images on either side; warm-up, and with it our start-up check, does not count.
 
-Arms: `trl-*`; `ours-*` with the same terms in the loss and the same activations computed again as TRL's; and
-`ours-*-anchored` with our defaults, whose fidelity anchor has no counterpart in TRL. Memory is the peak above what the
+Arms: `trl-*`; `ours-*` with the same terms in the loss, and the same activations computed again in the backward pass;
+`ours-refl-kept`, which computes none again (TRL leaves no choice); and `ours-*-anchored` with our defaults, whose
+fidelity anchor has no counterpart in TRL. Memory is the peak above what the
 process holds once everything is imported and built. On a busy machine the ratio by CPU time says more than that by the
 clock.
 
@@ -31,6 +32,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+ARMS = {
+    "ddpo": ["trl-ddpo", "ours-ddpo", "ours-ddpo-anchored"],
+    "refl": ["trl-refl", "ours-refl", "ours-refl-kept", "ours-refl-anchored"],
+}
+"""By method; the opponent first."""
 GOALS = {"ddpo": 1.3, "refl": 1.0}
 """Images per second of `ours-*`, in units of TRL's."""
 
@@ -41,8 +47,8 @@ Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(GOALS), choices=list(GOALS))
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each arm that count")
-    parser.add_argument("--updates", type=int, default=4, help="updates of a turn")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each arm that count")
+    parser.add_argument("--updates", type=int, default=2, help="updates of a turn")
     parser.add_argument("--warm-up", type=int, default=2, help="updates before the first turn")
     parser.add_argument("--images", type=int, default=16, help="images that are scored per update")
     parser.add_argument("--candidates", type=int, default=8, help="of one LR image, in our DDPO")
@@ -64,11 +70,6 @@ def main() -> int:
     if options.out:
         options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0 if all(found["goal_met"] for found in figures["methods"].values()) else 1
-
-
-def arms_of(method: str) -> list[str]:
-    """Returns the arms of a method; the opponent first."""
-    return [f"trl-{method}", f"ours-{method}", f"ours-{method}-anchored"]
 
 
 def settings(options: argparse.Namespace) -> dict[str, int]:
@@ -155,7 +156,7 @@ def take_turns(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
     """Lets the arms of a method take turns; returns the reports of their rounds, and those of their ends."""
     arms: list[Arm] = []
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms_of(method)}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS[method]}
     try:
         for name in rounds:
             arms.append(Arm(name, arm_command(name, pythons, settings(options))))

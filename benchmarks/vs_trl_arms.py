@@ -1,6 +1,6 @@
 """The arms of `vs_trl.py`: one trainer in a process of its own, which does updates when it is told to.
 
-    python benchmarks/vs_trl_arms.py ours-ddpo --images 16 --candidates 8 --updates 4 --warm-up 2 < commands > reports
+    python benchmarks/vs_trl_arms.py ours-ddpo --images 16 --candidates 8 --updates 2 --warm-up 2 < commands > reports
 
 Every line on the standard input asks for one round of updates, whose seconds come back as a line of JSON; the end of
 the input ends the run, with a last line about memory and work. Only the standard library is imported at the top: TRL's
@@ -65,6 +65,9 @@ LORA: dict[str, Any] = {
     "target_modules": ["to_k", "to_q", "to_v", "to_out.0"],
 }
 LEARNING_RATE = 1e-4
+UNANCHORED: dict[str, Any] = {"anchor": "none"}
+AS_ALIGNPROP: dict[str, Any] = {"activation_checkpointing": True, "checkpoint_decode": False}
+"""AlignProp computes the denoiser again in the backward pass, and the decoder not."""
 SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -81,7 +84,7 @@ def main() -> None:
     parser.add_argument("arm", choices=sorted(ARMS))
     parser.add_argument("--images", type=int, default=16, help="images that are scored per update")
     parser.add_argument("--candidates", type=int, default=8, help="of one LR image, in our DDPO")
-    parser.add_argument("--updates", type=int, default=4, help="updates of a round")
+    parser.add_argument("--updates", type=int, default=2, help="updates of a round")
     parser.add_argument("--warm-up", type=int, default=2, help="updates before the first round")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -221,8 +224,8 @@ def brightness_without_variation(images: Any) -> Any:
     return images.mean(dim=(1, 2, 3)) - across - down
 
 
-def ours(kind: str, anchored: bool, rounds: Rounds, options: argparse.Namespace, folder: Path) -> None:
-    """Runs one of our trainers; `anchored` takes its defaults, else it does no more and no less than TRL's."""
+def ours(kind: str, changed: dict[str, Any], rounds: Rounds, options: argparse.Namespace, folder: Path) -> None:
+    """Runs one of our trainers with its defaults, but for the settings that are changed."""
     from peft import LoraConfig
     from transformers import TrainerCallback
 
@@ -253,13 +256,10 @@ def ours(kind: str, anchored: bool, rounds: Rounds, options: argparse.Namespace,
         "save_strategy": "no",
         "disable_tqdm": True,
         "use_cpu": True,
+        **changed,
     }
     if kind == "ddpo":
-        settings |= {"num_generations": options.candidates}
-    if not anchored:
-        settings |= {"anchor": "none"}
-        if kind == "refl":  # AlignProp computes the denoiser again in the backward pass, and the decoder not
-            settings |= {"activation_checkpointing": True, "checkpoint_decode": False}
+        settings["num_generations"] = options.candidates
     config: Any = SRDDPOConfig if kind == "ddpo" else SRReFLConfig
     trainer_class: Any = SRDDPOTrainer if kind == "ddpo" else SRReFLTrainer
     generator, reward = our_generator(), Reward()
@@ -404,10 +404,11 @@ def _status(name: str) -> float:
 ARMS: dict[str, Callable[[Rounds, argparse.Namespace, Path], None]] = {
     "trl-ddpo": functools.partial(trl, "ddpo"),
     "trl-refl": functools.partial(trl, "refl"),
-    "ours-ddpo": functools.partial(ours, "ddpo", False),
-    "ours-refl": functools.partial(ours, "refl", False),
-    "ours-ddpo-anchored": functools.partial(ours, "ddpo", True),
-    "ours-refl-anchored": functools.partial(ours, "refl", True),
+    "ours-ddpo": functools.partial(ours, "ddpo", UNANCHORED),
+    "ours-ddpo-anchored": functools.partial(ours, "ddpo", {}),
+    "ours-refl": functools.partial(ours, "refl", UNANCHORED | AS_ALIGNPROP),
+    "ours-refl-kept": functools.partial(ours, "refl", UNANCHORED | {"checkpoint_decode": False}),
+    "ours-refl-anchored": functools.partial(ours, "refl", {}),
 }
 
 if __name__ == "__main__":

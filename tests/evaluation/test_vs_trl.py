@@ -38,9 +38,7 @@ def _work(peak_mb: float = 100.0, **changes: Any) -> dict[str, Any]:
 
 
 def _found(benchmark: Any, seconds: list[list[float]], **changes: Any) -> dict[str, Any]:
-    rounds = {
-        name: [_round(each) for each in own] for name, own in zip(benchmark.arms_of("ddpo"), seconds, strict=True)
-    }
+    rounds = {name: [_round(each) for each in own] for name, own in zip(benchmark.ARMS["ddpo"], seconds, strict=True)}
     work = {name: _work(100.0 * number) for number, name in enumerate(rounds, 1)}
     work["ours-ddpo"] |= changes
     return benchmark.summarise("ddpo", rounds, work, 12)
@@ -80,7 +78,7 @@ def test_tables_name_every_arm_and_say_whether_the_goal_was_met(benchmark: Any) 
     found = _found(benchmark, [[2.0], [1.0], [4.0]])
     text = benchmark.table("ddpo", found)
     assert "goal 1.3 times TRL's images per second: met" in text
-    assert [line.split()[0] for line in text.splitlines()[2:]] == benchmark.arms_of("ddpo")
+    assert [line.split()[0] for line in text.splitlines()[2:]] == benchmark.ARMS["ddpo"]
     assert "2.00 (2.00 to 2.00)" in text
     assert "missed" in benchmark.table("ddpo", found | {"goal_met": False})
     # 12 images in one second, of which three quarters are bookkeeping.
@@ -90,7 +88,7 @@ def test_tables_name_every_arm_and_say_whether_the_goal_was_met(benchmark: Any) 
 def test_each_side_runs_in_its_own_interpreter_with_the_same_numbers(benchmark: Any) -> None:
     numbers = benchmark.settings(Namespace(images=8, candidates=4, updates=3, warm_up=2, threads=1, rounds=7))
     pythons = {"trl": "/old/python", "ours": "/new/python"}
-    theirs, own = (benchmark.arm_command(name, pythons, numbers) for name in benchmark.arms_of("refl")[:2])
+    theirs, own = (benchmark.arm_command(name, pythons, numbers) for name in benchmark.ARMS["refl"][:2])
     assert (theirs[0], own[0]) == ("/old/python", "/new/python")
     assert (theirs[2], own[2]) == ("trl-refl", "ours-refl")
     assert theirs[3:] == own[3:]
@@ -108,7 +106,7 @@ def test_the_environment_of_trl_is_made_once(benchmark: Any, tmp_path: Path, mon
 
 def test_every_arm_exists(benchmark: Any) -> None:
     known = _load("vs_trl_arms").ARMS
-    assert sorted(name for method in benchmark.GOALS for name in benchmark.arms_of(method)) == sorted(known)
+    assert sorted(name for method in benchmark.GOALS for name in benchmark.ARMS[method]) == sorted(known)
 
 
 def _run(python: str, benchmark: Any, arm: str) -> list[dict[str, Any]]:
