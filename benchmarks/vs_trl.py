@@ -213,8 +213,8 @@ def ratios(opponent: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, An
 
 
 def profile(reports: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the share of each part of an update in all the time of an arm, the largest first."""
-    total = sum(report["seconds"] for report in reports)
+    """Returns the share of each part of an update in all the CPU time of an arm, the largest first."""
+    total = sum(report["cpu_seconds"] for report in reports)
     names = dict.fromkeys(name for report in reports for name in report["parts"])
     shares = {name: sum(report["parts"].get(name, 0.0) for report in reports) / total for name in names}
     return dict(sorted(shares.items(), key=lambda pair: -pair[1]))
@@ -238,16 +238,16 @@ def table(method: str, found: Mapping[str, Any]) -> str:
 
 
 def profile_table(found: Mapping[str, Any]) -> str:
-    """Returns where each arm's time goes, in milliseconds an image and in shares."""
+    """Returns where each arm's CPU time goes, in milliseconds an image and in shares."""
     names = list(found["arms"])
     parts = dict.fromkeys(part for name in names for part in found["arms"][name]["profile"])
-    lines = [f"{'ms an image (share)':<30}" + "".join(f"{name:>20}" for name in names)]
+    lines = [f"{'CPU ms an image (share)':<30}" + "".join(f"{name:>20}" for name in names)]
     for part in parts:
         line = f"{part:<30}"
         for name in names:
             arm = found["arms"][name]
             share = arm["profile"].get(part, 0.0)
-            cell = f"{1000 * share / arm['images_per_second']['median']:.2f} ({share:.1%})"
+            cell = f"{1000 * share / arm['images_per_cpu_second']['median']:.2f} ({share:.1%})"
             line += f"{cell if share else '-':>20}"
         lines.append(line)
     return "\n".join(lines)

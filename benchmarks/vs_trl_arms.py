@@ -99,9 +99,10 @@ def main() -> None:
 
 
 class Stopwatch:
-    """Seconds by part of an update, each moment counted once: for the part that was entered first.
+    """CPU seconds by part of an update, each counted once: for the part that was entered first.
 
-    So what is computed again in the backward pass is backward. The parts of networks tell whether a gradient follows.
+    So what is computed again in the backward pass is backward. CPU time, since a part is not dear because another
+    process had the core meanwhile.
     """
 
     def __init__(self) -> None:
@@ -148,12 +149,12 @@ class Stopwatch:
     def _timed(self, part: str, function: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
         if self._inside:
             return function(*arguments, **keywords)
-        self._inside, since = True, time.perf_counter()
+        self._inside, since = True, time.process_time()
         try:
             return function(*arguments, **keywords)
         finally:
             self._inside = False
-            self.seconds[part] += time.perf_counter() - since
+            self.seconds[part] += time.process_time() - since
 
 
 class Rounds:
@@ -186,7 +187,7 @@ class Rounds:
             return True
         if counted:
             seconds, cpu_seconds = (now - since for now, since in zip(_clocks(), self._since, strict=True))
-            parts = {**self.stopwatch.seconds, "bookkeeping": seconds - sum(self.stopwatch.seconds.values())}
+            parts = {**self.stopwatch.seconds, "bookkeeping": cpu_seconds - sum(self.stopwatch.seconds.values())}
             self._report({"seconds": seconds, "cpu_seconds": cpu_seconds, "parts": parts, "rows": self._rows()})
         else:
             self._report({"ready": True})
