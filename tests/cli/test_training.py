@@ -202,20 +202,19 @@ def own_generator(values: dict, folder: Path, monkeypatch) -> list[str]:
 
 def own_judge(values: dict, folder: Path) -> list[str]:
     """Returns the flags that put a tiny multimodal LLM and tiny preferences in the place of a recipe's own."""
+    words = []
+    if "preferences" in values:
+        records = [preference(number, split) for number in range(4) for split in ("train", "val")]
+        write_preferences(records, folder / "p")
+        words = ["--preferences", str(folder / "p")]
     if values.get("judge", "new") in ("new", "conv", "default"):
-        return []
+        return words
     # 4-bit weights on a CPU need widths in multiples of 64.
     tokenizer = byte_tokenizer("qwen2_5_vl")
     network = family_network("qwen2_5_vl", tokenizer, width=64)
     RateJudge(network, tokenizer, family_spec("qwen2_5_vl")).save_pretrained(folder / "mllm")
-    words = ["--judge", str(folder / "mllm"), "--judge_dtype", "float32", "--bf16", "false"]
-    words += ["--gradient_checkpointing", "false"]
-    if "preferences" in values:
-        write_preferences(
-            [preference(number, split) for number in range(4) for split in ("train", "val")], folder / "p"
-        )
-        words += ["--preferences", str(folder / "p")]
-    return words
+    words += ["--judge", str(folder / "mllm"), "--judge_dtype", "float32", "--bf16", "false"]
+    return [*words, "--gradient_checkpointing", "false"]
 
 
 def preference(number: int, split: str) -> PreferenceRecord:
