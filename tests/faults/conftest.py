@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -184,6 +185,8 @@ def forked(action: Callable[[], Any], log: Path, environment: dict[str, str]) ->
     """Starts `action` in a forked child and returns its process id."""
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
+    # The child need not look through all that was imported for garbage, which would copy those pages, too.
+    gc.freeze()
     child = os.fork()
     if child != 0:
         return child
