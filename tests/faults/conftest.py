@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +36,10 @@ spec = importlib.util.spec_from_file_location("toys", Path(__file__).parents[1] 
 assert spec is not None and spec.loader is not None
 toys = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toys)
+
+# What every trainer looks for is imported here, once for all children.
+with suppress(ImportError):
+    import deepspeed  # noqa: F401
 
 STEPS = 6
 SAVE_STEPS = 2
