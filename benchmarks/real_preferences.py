@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -339,6 +340,8 @@ def as_text(results: Mapping[str, Any]) -> str:
 
 
 def _cell(share: Mapping[str, float]) -> str:
+    if not isfinite(share["mean"]):
+        return "-"
     return f"{100 * share['mean']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
 
 

@@ -66,6 +66,13 @@ def test_the_cpu_set_fits_the_bounds(metadata):
         assert requirement.specifier.contains(pinned[name]), name
 
 
+def test_the_oldest_trl_that_is_supported_is_the_tested_one(metadata):
+    """Its contracts change with every minor version; tests/rewards/test_trl_contract.py runs in this one."""
+    from trl import __version__
+
+    assert f"trl>={__version__.rpartition('.')[0]}" in requirements(metadata)["trl"]
+
+
 def test_what_the_package_imports_is_declared(metadata):
     declared = {name.replace("-", "_").lower() for name in requirements(metadata)} | {"yaml", "PIL", "refreward_trl"}
     found = set()

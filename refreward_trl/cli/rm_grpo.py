@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from refreward_trl.cli.settings import RUN_KEYS, TrainingHelp, settings
 
-REASONING_KEYS = ("judge", "judge_spec", "style", "mates", "use_peft", "judge_dtype")
+REASONING_KEYS = ("judge", "judge_spec", "style", "mates", "use_peft", "freeze_vision", "judge_dtype")
 DATA_KEYS = ("preferences", "dataset", "eval_dataset", "degradation", "crop_size", "max_groups", "eval_groups")
 
 ABOUT = TrainingHelp(

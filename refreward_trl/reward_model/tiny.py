@@ -151,8 +151,7 @@ def build_tiny_judge(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
-        if spec.layout == "clip":
-            dct_initialize(model.model.visual.patch_embed.proj.weight)
+        dct_initialize(model.model.visual.patch_embed.proj.weight, clip=spec.layout == "clip")
     return RateJudge(model.train(), tokenizer, spec)
 
 
@@ -166,11 +165,15 @@ def dct_basis(size: int) -> Float[Tensor, "f size"]:
 
 
 @torch.no_grad()
-def dct_initialize(weight: Float[Tensor, "d 3 2 p p"]) -> None:
-    """Fills a patch embedding for (LR, SR) clips with DCT rows, lowest frequencies first, and small noise in the rest.
+def dct_initialize(weight: Float[Tensor, "d 3 2 p p"], *, clip: bool = True) -> None:
+    """Fills a patch embedding with DCT rows, lowest frequencies first, and small noise in the rest.
 
     Gains grow with frequency because natural images have spectra falling as 1 / frequency: the rows start out with
     responses of similar size.
+
+    Args:
+        weight: The embedding's kernel, for two frames.
+        clip: The frames are the LR and the SR image, whose difference is looked at; else both are the same image.
     """
     rows, _, _, _, patch = weight.shape
     basis = torch.einsum("ay,bx->abyx", dct_basis(patch), dct_basis(patch)).reshape(-1, patch, patch)
@@ -187,8 +190,8 @@ def dct_initialize(weight: Float[Tensor, "d 3 2 p p"]) -> None:
     def colour_gain(_: float) -> float:
         return 4.0
 
-    many = min(patch * patch, int(0.4 * rows))
-    # (colour axis, weight of the LR frame, weight of the SR frame, number of frequencies, gain)
+    many = min(patch * patch, int((0.4 if clip else 0.75) * rows))
+    # (colour axis, weight of the first frame, weight of the second one, number of frequencies, gain)
     groups: list[tuple[tuple[float, ...], float, float, int, Callable[[float], float]]] = [
         (_LUMA, -1.0, 1.0, many, difference_gain),
         (_LUMA, 0.0, 1.0, many, image_gain),
@@ -196,6 +199,12 @@ def dct_initialize(weight: Float[Tensor, "d 3 2 p p"]) -> None:
         (_RED_DIFFERENCE, -1.0, 1.0, 8, colour_gain),
         (_LUMA, 1.0, 0.0, 16, image_gain),
     ]
+    if not clip:
+        groups = [
+            (_LUMA, 0.5, 0.5, many, image_gain),
+            (_BLUE_DIFFERENCE, 0.5, 0.5, 8, image_gain),
+            (_RED_DIFFERENCE, 0.5, 0.5, 8, image_gain),
+        ]
     weight.normal_(0.0, 0.02)
     row = 0
     for axis, lr_weight, sr_weight, count, gain in groups:

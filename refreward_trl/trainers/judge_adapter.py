@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from refreward_trl.reward_model.judge import SPEC_FILE, MLLMJudge
 
@@ -19,6 +20,12 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 VISION_PARTS = r"(.*\.)?(visual|vision_model|connector)\..*"
 """Where the vision towers of all families stand in their networks."""
 ADAPTER_FOLDER = "adapter"
+
+
+def train_weights(network: nn.Module, *, freeze_vision: bool) -> None:
+    """Makes all weights of a judge's network trainable, or all but the vision tower's."""
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(not (freeze_vision and re.fullmatch(VISION_PARTS, name)))
 
 
 def add_adapter(judge: MLLMJudge, config: PeftConfig) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trl import GRPOConfig, GRPOTrainer
 
 from refreward_trl.errors import ConfigError
+from refreward_trl.trainers.judge_adapter import train_weights
 from refreward_trl.trainers.reasoning_judge import (
     ReasoningArguments,
     make_rows,
@@ -89,7 +90,7 @@ class JudgeGRPOTrainer(GRPOTrainer):
         callbacks: Sequence[Any] | None = None,
     ) -> None:
         self.opened = open_reasoning_judge(args, seed=args.seed, may_be_new=False)
-        self.opened.network.requires_grad_(True)
+        train_weights(self.opened.network, freeze_vision=args.freeze_vision)
         rewards: Any
         rewards, args.reward_weights = style_rewards(args, self.opened.spec)
         super().__init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from refreward_trl.reward_model.loading import load_judge
 from refreward_trl.reward_model.scoring import RateJudge
 from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.tiny import build_tiny_judge
-from refreward_trl.trainers.judge_adapter import LORA_TARGETS, VISION_PARTS, add_adapter
+from refreward_trl.trainers.judge_adapter import LORA_TARGETS, VISION_PARTS, add_adapter, train_weights
 from refreward_trl.trainers.ref_reward_config import RefRewardConfig
 
 if TYPE_CHECKING:
@@ -96,7 +95,4 @@ def choose_weights(judge: RateJudge | ConvJudge, args: RefRewardConfig, peft_con
     if peft_config is not None:
         add_adapter(judge, peft_config)
         return
-    judge.model.requires_grad_(True)
-    if args.freeze_vision:
-        for name, weight in judge.model.named_parameters():
-            weight.requires_grad_(re.fullmatch(VISION_PARTS, name) is None)
+    train_weights(judge.model, freeze_vision=args.freeze_vision)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import SFTConfig, SFTTrainer
 
+from refreward_trl.trainers.judge_adapter import train_weights
 from refreward_trl.trainers.reasoning_judge import ReasoningArguments, make_rows, open_reasoning_judge, save_judge
 from refreward_trl.trainers.reasoning_rows import rationale
 
@@ -58,7 +59,7 @@ class JudgeSFTTrainer(SFTTrainer):
         callbacks: Sequence[Any] | None = None,
     ) -> None:
         self.opened = open_reasoning_judge(args, seed=args.seed, may_be_new=True)
-        self.opened.network.requires_grad_(True)
+        train_weights(self.opened.network, freeze_vision=args.freeze_vision)
         questions = make_rows(rows, self.opened)
         spec = self.opened.spec
         super().__init__(

@@ -15,7 +15,7 @@ from refreward_trl.reward_model.processors import build_processor, load_processo
 from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.tiny import build_tiny_judge
 from refreward_trl.rewards.ranking import AnswerFormat, CorrectChoice, RankingFidelity, SwapConsistency
-from refreward_trl.trainers.judge_adapter import LORA_TARGETS, save_adapted
+from refreward_trl.trainers.judge_adapter import LORA_TARGETS, VISION_PARTS, save_adapted
 from refreward_trl.trainers.reasoning_rows import ReasoningRows, check_size
 from refreward_trl.trainers.run_config import check_choice, check_range
 from refreward_trl.trainers.sharding import keep_new_networks_whole
@@ -60,6 +60,7 @@ class ReasoningArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "layers that get a LoRA adapter; all linear layers of the LLM by default"}
     )
+    freeze_vision: bool = field(default=False, metadata={"help": "leave the vision tower as it is"})
     format_weight: float = field(default=0.2, metadata={"help": "weight of the reward for the form of the answer"})
     swap_weight: float = field(
         default=0.5, metadata={"help": "pairwise: weight of the reward for the same choice in the other order"}
@@ -96,6 +97,7 @@ class ReasoningArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]
             target_modules=list(self.lora_target_modules or LORA_TARGETS),
+            exclude_modules=VISION_PARTS if self.freeze_vision else None,
         )
 
 

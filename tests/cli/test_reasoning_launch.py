@@ -50,9 +50,10 @@ def answer(judge: ReasonJudge) -> str:
 @pytest.mark.parametrize("launch_file", ["ddp_cpu.yaml", "zero2.yaml", "zero3.yaml"])
 def test_a_start_and_grpo_on_two_processes(launch_file: str, tmp_path: Path) -> None:
     place = furnish(tmp_path)
-    launch(place, "rm-sft", "tiny/rm_sft", launch_file, max_steps="2", output_dir="start")
+    launch(place, "rm-sft", "tiny/rm_sft", launch_file, max_steps="2", output_dir="start", preferences="null")
     start = load_judge_as(ReasonJudge, place / "start/judge")
     grpo = {"judge": "start/judge", "num_generations": "2", "max_completion_length": "14", "save_strategy": "steps"}
+    grpo["preferences"] = "null"
     launch(place, "rm-grpo", "tiny/rm_grpo_pointwise", launch_file, max_steps="2", save_steps="2", **grpo)
     first = {name: weight.clone() for name, weight in load_judge(place / "run/judge").model.state_dict().items()}
     # The same command goes on from the checkpoint; TRL draws the answers anew, so this is no repetition bit by bit.

@@ -48,11 +48,14 @@ def table(records: list[PreferenceRecord]) -> PairTable:
 def test_groups_are_ranked_by_the_oracle(records: list[PreferenceRecord]) -> None:
     assert len(records) == CROPS
     for record in records:
-        ranks = record.ranks["overall"]
+        assert record.hr_image is not None
         hr_image = record.hr_image.read().float()
         distances = [float((one.image.read().float() - hr_image).square().mean()) for one in record.candidates]
-        assert record.candidates[ranks.index(1)].generator == "hr"
-        assert [distances[ranks.index(rank)] for rank in sorted(ranks)] == sorted(distances)
+        by_rank = sorted(
+            zip(record.ranks["overall"], distances, record.candidates, strict=True), key=lambda row: row[:2]
+        )
+        assert by_rank[0][2].generator == "hr"
+        assert [distance for _, distance, _ in by_rank] == sorted(distances)
 
 
 def test_each_fold_has_one_wrong_content_of_unseen_networks(

@@ -38,10 +38,22 @@ def test_patch_embedding_starts_from_differences() -> None:
     assert sr_rows[:, :, 1].abs().amax((1, 2, 3)).min() > 0
 
 
+def test_patch_embedding_of_single_images_starts_from_their_frequencies() -> None:
+    weight = torch.empty(64, 3, 2, 8, 8)
+    dct_initialize(weight, clip=False)
+    frames = torch.rand(5, 3, 2, 8, 8)
+    response = torch.einsum("dctyx,bctyx->bd", weight[:64], frames)
+    swapped = torch.einsum("dctyx,bctyx->bd", weight[:64], frames.flip(2))
+    torch.testing.assert_close(response, swapped, rtol=0, atol=1e-5)
+    flat = torch.einsum("dctyx,ctyx->d", weight, torch.full((3, 2, 8, 8), 0.5)).abs()
+    assert flat[0] > 0.1 and flat[1:].max() < 1e-3, "but for the mean, a grey patch has nothing to show"
+
+
 @pytest.mark.parametrize("rows", [8, 32, 200])
-def test_any_width_can_be_initialised(rows: int) -> None:
+@pytest.mark.parametrize("clip", [True, False])
+def test_any_width_can_be_initialised(rows: int, clip: bool) -> None:
     weight = torch.full((rows, 3, 2, 8, 8), torch.nan)
-    dct_initialize(weight)
+    dct_initialize(weight, clip=clip)
     assert weight.isfinite().all()
 
 

@@ -161,6 +161,19 @@ def test_grpo_trains_and_saves_a_judge(style: str, use_peft: bool, start: Path, 
     assert judge.reason(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 32, 32))[0].answers
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_frozen_vision_tower_stays(use_peft: bool, tmp_path: Path) -> None:
+    settings = common(tmp_path, "pointwise") | {"freeze_vision": True, "use_peft": use_peft, "max_grad_norm": 0.0}
+    if use_peft:
+        settings["lora_target_modules"] = ["qkv", "q_proj"]  # the first is in the vision tower alone
+    trainer = JudgeSFTTrainer(JudgeSFTConfig(**settings), lambda spec: rows("pointwise", spec=spec))
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved
+    assert not any("visual" in name for name in moved)
+
+
 def test_a_start_teaches_the_form_of_an_answer(start: Path) -> None:
     judge = load_judge_as(ReasonJudge, start)
     (answer,) = judge.reason(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 32, 32))
