@@ -30,6 +30,7 @@ _QUIET: dict[str, Any] = {
     "deepspeed": None,
     "torch_compile": False,
     "log_image_steps": 0,
+    "cache_lr_latents": 0,
     "dataloader_num_workers": 0,
 }
 """What a rehearsal does without."""

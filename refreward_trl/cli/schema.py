@@ -24,6 +24,7 @@ BOUNDS = {
     "anchor_weight": ">= 0",
     "artefacts_per_group": ">= 0",
     "beta": ">= 0",
+    "cache_lr_latents": ">= 0",
     "candidates_per_group": ">= 2",
     "center_rewards_coefficient": ">= 0",
     "clip_range": "> 0",

@@ -36,6 +36,7 @@ from refreward_trl.generators.base_models import base_model_of
 from refreward_trl.generators.color_fix import COLOR_FIXES
 from refreward_trl.generators.diffusers_folder import read_generator_folder, write_generator_folder
 from refreward_trl.generators.folders import HEADER_FILE, damaged
+from refreward_trl.generators.latent_cache import LatentCache
 from refreward_trl.generators.prompts import PromptEmbeds, PromptEncoder
 from refreward_trl.resampling import upscale
 
@@ -109,6 +110,8 @@ class LatentGenerator(Generator):
 
     prompt_encoder: PromptEncoder | None = None
     """What embeds prompts given by text; None where the fixed prompt is all there is."""
+    latent_cache: LatentCache | None = None
+    """Keeps the latents of LR images; None encodes them each time. The VAE must not change while it is there."""
 
     def __init__(
         self,
@@ -183,6 +186,8 @@ class LatentGenerator(Generator):
     def encode(self, cond: Condition) -> Float[Tensor, "b c h w"]:
         # Outside autocast: the latent may be cached and compared with one computed elsewhere.
         with torch.autocast(self.device.type, enabled=False):
+            if self.latent_cache is not None:
+                return self.latent_cache.encode(cond.upsampled, self.encode_image)
             return self.encode_image(cond.upsampled)
 
     def encode_image(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:

@@ -43,6 +43,13 @@ class AlignmentConfig(RunConfig):
     max_failed_rewards: int = field(
         default=3, metadata={"help": "failed calls within 50 updates and one rank that drop puts up with"}
     )
+    cache_lr_latents: int = field(
+        default=0,
+        metadata={
+            "help": "MiB of CPU memory for latents of LR images, where the same ones come again: whole pairs, not "
+            "random crops; 0 encodes them each time"
+        },
+    )
     log_image_steps: int = field(
         default=0, metadata={"help": "write an image grid every so many updates; 0 for never"}
     )
@@ -67,7 +74,8 @@ class AlignmentConfig(RunConfig):
         check_range("ema_decay", self.ema_decay, low=0.0, high=1.0, high_included=False)
         check_choice("on_bad_reward", self.on_bad_reward, ("stop", "drop"))
         check_range("reward_timeout", self.reward_timeout, low=0.0, low_included=False)
-        for key in ("max_failed_rewards", "log_image_steps", "num_log_images", "hacking_patience"):
+        counts = ("max_failed_rewards", "log_image_steps", "num_log_images", "hacking_patience", "cache_lr_latents")
+        for key in counts:
             check_range(key, getattr(self, key), low=0)
 
     @property

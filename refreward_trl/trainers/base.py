@@ -30,6 +30,8 @@ from refreward_trl.data.collators import collate_pairs
 from refreward_trl.errors import CheckpointError, ConfigError, DataError, RefRewardError, RewardError, SetupError
 from refreward_trl.generators import load_generator
 from refreward_trl.generators.base import Condition, Generator
+from refreward_trl.generators.latent import LatentGenerator
+from refreward_trl.generators.latent_cache import LatentCache
 from refreward_trl.objectives.anchors import fidelity_anchor, lr_consistency_anchor, lr_drift_anchor, reference_anchor
 from refreward_trl.randomness import stateless_generator, stateless_seed
 from refreward_trl.resampling import downscale
@@ -120,6 +122,7 @@ class AlignmentTrainer(ResumableTrainer, ABC):
         self.heldout_rewards, self.heldout_names, _ = _read_rewards(heldout_rewards, None)
         network = self._network_to_train(args, peft_config)
         _enable_activation_checkpointing(network, args)
+        _cache_latents(self.generator, args)
         self._eval_recorder = MetricRecorder()
         self._failed_at: deque[int] = deque()
         self._evaluating = False
@@ -663,6 +666,17 @@ def _read_rewards(
             f"{len(weights)} weights for {len(funcs)} rewards", where="reward_weights", fix="give one per reward"
         )
     return funcs, reward_names(funcs), own_weights if weights is None else [float(weight) for weight in weights]
+
+
+def _cache_latents(generator: Generator, args: AlignmentConfig) -> None:
+    """Keeps latents of LR images, if the run wants that."""
+    if not args.cache_lr_latents:
+        return
+    if not isinstance(generator, LatentGenerator):
+        raise ConfigError(
+            f"a {type(generator).__name__} has no VAE", where="cache_lr_latents", fix="set it to 0, its default"
+        )
+    generator.latent_cache = LatentCache(args.cache_lr_latents * 2**20)
 
 
 def _enable_activation_checkpointing(network: nn.Module, args: AlignmentConfig) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from refreward_trl.errors import ConfigError, RewardError
+from refreward_trl.generators.module import ModuleGenerator
 from refreward_trl.trainers.refl_config import SRReFLConfig
 from refreward_trl.trainers.refl_trainer import SRReFLTrainer
 
@@ -59,6 +60,33 @@ def test_an_anchor_holds_back(make_trainer: Callable[..., SRReFLTrainer]) -> Non
         trainer.train()
         moved[weight] = float((trainer.generator.generate(lr_image) - before).abs().mean())
     assert moved[20.0] < 0.5 * moved[0.0]
+
+
+def test_latents_of_images_that_come_again_are_kept(
+    make_trainer: Callable[..., SRReFLTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, encoded = {}, {}
+    for cache in (0, 1):
+        trainer = make_trainer(
+            max_steps=12, learning_rate=1e-3, eval_strategy="no", eval_on_start=False, cache_lr_latents=cache
+        )
+        sizes: list[int] = []
+        encode = trainer.generator.encode_image
+        count = lambda image, encode=encode, sizes=sizes: (sizes.append(len(image)), encode(image))[1]  # noqa: E731
+        monkeypatch.setattr(trainer.generator, "encode_image", count)
+        trainer.train()
+        weights[cache], encoded[cache] = trainer.model.state_dict(), sum(sizes)
+    assert encoded[0] >= 24 and encoded[1] == 8, "12 steps of 2 images, of which there are 8"
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4)
+
+
+def test_a_generator_without_a_vae_has_no_latents_to_keep(settings: Any, reward: Any, pairs: Any) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.PixelShuffle(4))
+    with pytest.raises(ConfigError, match="ModuleGenerator has no VAE"):
+        SRReFLTrainer(
+            ModuleGenerator(network), reward, args=SRReFLConfig(**settings(cache_lr_latents=1)), train_dataset=pairs(8)
+        )
 
 
 def test_a_reward_without_graph_is_refused_by_name(make_trainer: Callable[..., SRReFLTrainer], black_box: Any) -> None:
