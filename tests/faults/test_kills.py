@@ -22,7 +22,7 @@ from refreward_trl import checkpointing
 
 pytestmark = pytest.mark.faults
 
-TRIALS = {"rm-conv": 24, "refl-lora": 12, "refl-full": 12, "ddpo-lora": 12, "ddpo-full": 12}
+TRIALS = {"rm-conv": 30, "refl-lora": 12, "refl-full": 12, "ddpo-lora": 12, "ddpo-full": 12}
 """Kills at random moments, for each kind: with those in a save, at least 60 for each of the three trainers."""
 SAVE = 4
 """The step whose save is killed: there is a checkpoint before it, and it deletes none."""
