@@ -374,6 +374,11 @@ def _checkpointed_blocks(vae: Any) -> Iterator[None]:
     """Inside, a forward keeps the inputs of the decoder's blocks alone, which the backward pass computes again one by
     one: recomputing the decoder as a whole would hold all of its activations at once."""
     vae.enable_gradient_checkpointing()
+    # The backward pass comes after this context: a block that checkpoints parts of itself as well would be computed
+    # again without them, and torch before 2.13 refuses a block that saves other tensors the second time.
+    for name, module in vae.decoder.named_modules():
+        if name and hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
     try:
         yield
     finally:

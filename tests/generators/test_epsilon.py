@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -163,6 +165,28 @@ def test_checkpointed_decode_keeps_fewer_activations(
             generator.decode(z, cond, checkpoint=checkpoint)
         sizes.append(sum(kept))
     assert sizes[1] < sizes[0] / 4
+
+
+def test_checkpoints_of_a_decode_are_not_nested(
+    kl_generator: EpsLatentGenerator, lr_image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A nested one would be missing when the backward pass computes the block again: torch 2.11 then refuses it."""
+    depth, depths, checkpoint = 0, [], torch.utils.checkpoint.checkpoint
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        depths.append(depth)
+        try:
+            return checkpoint(*arguments, **keywords)
+        finally:
+            depth -= 1
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    cond = kl_generator.prepare(lr_image)
+    kl_generator.decode(kl_generator.encode(cond).requires_grad_(), cond, checkpoint=True)
+    assert len(depths) > 1
+    assert set(depths) == {1}
 
 
 def test_gradient_of_an_image_reaches_the_denoiser_and_nothing_else(
