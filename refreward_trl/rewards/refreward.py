@@ -56,7 +56,7 @@ class JudgeReward(ABC):
         *,
         device: str | torch.device | None = None,
         batch_size: int = 16,
-        checkpoint: bool = False,
+        checkpoint: bool | Literal["blocks"] = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}", where=f"reward {self.__name__!r}")
@@ -156,7 +156,7 @@ class JudgeReward(ABC):
         self.judge.to(device)
         with torch.autocast(device.type, enabled=False):
             lr_image, sr_image = lr_image.to(device), sr_image.to(device)
-            if self.checkpoint and torch.is_grad_enabled() and sr_image.requires_grad:
+            if self.checkpoint is True and torch.is_grad_enabled() and sr_image.requires_grad:
                 scores = recompute_in_backward(
                     self._score_batch, lr_image, sr_image, use_reentrant=False, preserve_rng_state=False
                 )
@@ -181,7 +181,8 @@ class RefReward(JudgeReward):
         device: See `JudgeReward`.
         dtype: Precision of its weights (`"float32"`, `"bfloat16"`, `"float16"`); None for float32.
         batch_size: The most images per call of the judge.
-        checkpoint: See `JudgeReward`.
+        checkpoint: As in `JudgeReward`; or `"blocks"`: recompute block by block, which alone makes a single
+            call smaller. The candidates of a group then share no work where there is a gradient.
         ask: `"rate"`; or `"reason"`: the judge thinks in words first. Then the reward is not differentiable, and an
             answer that holds no rating is no score.
         spec: JSON file of the judge's spec, where its folder has none.
@@ -211,7 +212,7 @@ class RefReward(JudgeReward):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         batch_size: int = 16,
-        checkpoint: bool = False,
+        checkpoint: bool | Literal["blocks"] = False,
         ask: Literal["rate", "reason"] = "rate",
         spec: str | Path | None = None,
         quantization: Literal["8bit", "4bit"] | None = None,
@@ -222,6 +223,10 @@ class RefReward(JudgeReward):
         temperature: float = 0.0,
     ) -> None:
         super().__init__(source, device=device, batch_size=batch_size, checkpoint=checkpoint)
+        if checkpoint not in (False, True, "blocks"):
+            raise ConfigError(
+                f"checkpoint must be true, false or 'blocks', got {checkpoint!r}", where="reward 'refreward'"
+            )
         if ask not in ("rate", "reason"):
             raise ConfigError(f"ask must be 'rate' or 'reason', got {ask!r}", where="reward 'refreward'")
         self.dtype = _read_dtype(dtype)
@@ -267,7 +272,7 @@ class RefReward(JudgeReward):
 
     def _score_batch(self, lr_image: Tensor, sr_image: Tensor) -> Tensor:
         if torch.is_grad_enabled() and sr_image.requires_grad:
-            return self._ask(lr_image, sr_image)
+            return self._ask_with_graph(lr_image, sr_image)
         cache = self._open_cache()
         if cache is None:
             return self._ask(lr_image, sr_image)
@@ -283,6 +288,15 @@ class RefReward(JudgeReward):
     def _ask(self, lr_image: Tensor, sr_image: Tensor) -> Tensor:
         shared: Any = getattr(self.judge, "rate_neighbours", None) if self.share_lr else None
         return (shared or self.judge.rate)(lr_image, sr_image)
+
+    def _ask_with_graph(self, lr_image: Tensor, sr_image: Tensor) -> Tensor:
+        if self.checkpoint != "blocks":
+            return self._ask(lr_image, sr_image)
+        from refreward_trl.reward_model.recomputation import recomputed_blocks
+
+        judge: Any = self.judge
+        with recomputed_blocks(judge.model):
+            return judge.rate(lr_image, sr_image)
 
     def _open_cache(self) -> ScoreCache | None:
         if self.cache is not None and self._cache is None:
