@@ -23,7 +23,15 @@ def main() -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    _leave_process_group()
     return code
+
+
+def _leave_process_group() -> None:
+    """Ends what a launcher's processes talk through, which torch warns about on GPUs if it is left to the exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _would_wait() -> bool:

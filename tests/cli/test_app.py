@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from refreward_trl import errors
+from refreward_trl import __main__, errors
 from refreward_trl.cli import app, env
 from refreward_trl.signals import STOPPING
 
@@ -155,3 +155,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     with pytest.raises(ZeroDivisionError) as caught:
         app.main(["env"])
     assert "broken" in "".join(traceback.format_tb(caught.tb))
+
+
+def test_a_command_leaves_the_group_of_its_processes(tmp_path, monkeypatch, capsys):
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(sys, "argv", ["refreward", "--version"])
+    try:
+        assert __main__.main() == 0
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
