@@ -50,7 +50,7 @@ def read_arguments(argv: list[str]) -> Namespace:
         required=True,
         metavar="[NAME=]JUDGE[:WAY]",
         help="default, a judge's folder, a hub name, heldout_judge, or a reward such as my_file.my_reward; WAY is "
-        "rate (default), compare or reason; may be repeated",
+        "rate (default), compare, reason or reason_compare; may be repeated",
     )
     parser.add_argument("--data", type=Path, required=True, help="preference dataset, see `refreward data --help`")
     parser.add_argument("--split", help="split to use, or several: val+test (default: test if there is one, else all)")

@@ -15,12 +15,13 @@ from refreward_trl.evaluation.preference_scorers import CompareScorer, RewardSco
 from refreward_trl.reward_model.comparing import CompareJudge
 from refreward_trl.reward_model.conv import CONFIG_FILE
 from refreward_trl.reward_model.judge import MLLMJudge
+from refreward_trl.reward_model.reasoning import ReasonCompareJudge
 from refreward_trl.rewards import REWARD_NAMES, load_reward
 from refreward_trl.rewards.heldout import HeldOutJudge
 from refreward_trl.rewards.refreward import DTYPES, JudgeReward, RefReward
 from refreward_trl.types import RewardFunction
 
-Ask: TypeAlias = Literal["rate", "compare", "reason"]
+Ask: TypeAlias = Literal["rate", "compare", "reason", "reason_compare"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class JudgeOptions:
 
 
 def read_judges(words: Sequence[str]) -> list[JudgeWord]:
-    """Reads `[NAME=]JUDGE[:compare|:reason]`; what is asked in another way than to rate is called so.
+    """Reads `[NAME=]JUDGE[:compare|:reason|:reason_compare]`; what is asked in another way than to rate is called so.
 
     Raises:
         ConfigError: Two are called alike.
@@ -102,7 +103,7 @@ def _reward(word: JudgeWord, options: JudgeOptions) -> RewardFunction | None:
         return HeldOutJudge(word.source, device=options.device, batch_size=options.batch_size)
     if is_reward:
         return load_reward(word.source)
-    if word.ask == "compare":
+    if word.ask == "compare" or word.ask == "reason_compare":
         return None
     return RefReward(
         word.source,
@@ -119,8 +120,9 @@ def _reward(word: JudgeWord, options: JudgeOptions) -> RewardFunction | None:
 def _comparing(word: JudgeWord, options: JudgeOptions) -> CompareScorer:
     from refreward_trl.reward_model.loading import load_judge_as  # takes seconds: transformers
 
-    judge = load_judge_as(
-        CompareJudge,
+    kind: Any = CompareJudge if word.ask == "compare" else ReasonCompareJudge
+    judge: Any = load_judge_as(
+        kind,
         word.source,
         spec=options.spec(word.name),
         dtype=DTYPES[options.dtype],

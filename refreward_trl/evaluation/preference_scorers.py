@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import isnan, nan
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -21,6 +21,7 @@ from refreward_trl.evaluation.metrics import Metric, Sample
 from refreward_trl.evaluation.protocols import HR, NOTHING
 from refreward_trl.evaluation.reward_benchmark import Score
 from refreward_trl.reward_model.comparing import CompareJudge
+from refreward_trl.reward_model.reasoning import ReasonCompareJudge
 from refreward_trl.rewards import score_all
 from refreward_trl.types import RewardFunction, stack_if_equal
 
@@ -104,9 +105,12 @@ class RewardScorer(PointScorer):
 
 
 class CompareScorer(Scorer):
-    """A judge that is shown two candidates at once, in both orders; candidates of unlike sizes get no answer."""
+    """A judge that is shown two candidates at once, in both orders; candidates of unlike sizes get no answer.
 
-    def __init__(self, name: str, judge: CompareJudge, facts: Mapping[str, str]) -> None:
+    One that reasons gives no answer either where it names no choice, in one order or the other.
+    """
+
+    def __init__(self, name: str, judge: CompareJudge | ReasonCompareJudge, facts: Mapping[str, str]) -> None:
         super().__init__(name, facts=facts)
         self.judge = judge
 
@@ -122,9 +126,13 @@ class CompareScorer(Scorer):
             first, second = (to_float(torch.stack([group.candidates[index] for index in side])) for side in sides)
             lr_image = to_float(group.lr_image).expand(len(places), -1, -1, -1)
             forward, backward = self.judge.compare_orders(lr_image, first, second)
-            _check_finite(self.name, forward, backward)
+            if not isinstance(self.judge, ReasonCompareJudge):
+                _check_finite(self.name, forward, backward)
             for place, ahead, behind in zip(places, forward.tolist(), backward.tolist(), strict=True):
                 margins[place] = (ahead - behind) / 2
+                if isnan(margins[place]):
+                    self.problem = "an answer names no choice"
+                    continue
                 agrees[place] = float(_sign(ahead) == -_sign(behind))
         return Reply(margins, {}, agrees)
 

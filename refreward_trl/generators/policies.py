@@ -47,7 +47,7 @@ class GaussianLatentPolicy:
       the upsampled LR image: `noise = n * direction / rms(direction)`. The size of a move is `sigma`, not a share of
       the correction: where that is small, a candidate overshoots or reverses it. These are directions that a generator
       can learn, and so few of them that with cells of 8 the policy gradient of 128 candidates has a cosine of about
-      0.3 to the reward's own gradient, the other kinds -0.06 to 0.12 (shipped generator and judge, before training;
+      0.45 to the reward's own gradient, the other kinds -0.02 to 0.04 (shipped generator and judge, before training;
       `benchmarks/policy_direction.py`).
 
     The density lives on the coordinates, recovered from a latent by least squares, and is exact there; the mean takes

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from refreward_trl.errors import CheckpointError, DataError
+from refreward_trl.errors import CheckpointError
 from refreward_trl.reward_model.families import single_token_id
 from refreward_trl.reward_model.judge import SPEC_FILE, MLLMJudge
-from refreward_trl.reward_model.preprocess import split_tiles
+from refreward_trl.reward_model.preprocess import check_same_size, split_tiles
 from refreward_trl.reward_model.question import JudgePrompt, shown_visuals
 from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.vision_attention import batched_vision_attention
@@ -89,12 +89,7 @@ class CompareJudge(MLLMJudge):
 
         See `compare` for the arguments, gradients and errors.
         """
-        if first.shape != second.shape:
-            raise DataError(
-                f"candidates of {tuple(first.shape)} and {tuple(second.shape)}",
-                where="judge input",
-                fix="compare candidates of one size",
-            )
+        check_same_size(first, second)
         wants_graph = first.requires_grad or second.requires_grad
         with torch.set_grad_enabled(torch.is_grad_enabled() and wants_graph), batched_vision_attention(self.model):
             lr_tiles, first_tiles, count = self._tiles(lr_image, first)

@@ -63,7 +63,7 @@ def load_judge_as(
     """Opens a judge for scoring: eval mode, frozen weights.
 
     Args:
-        kind: `RateJudge`, `CompareJudge` or `ReasonJudge`.
+        kind: `RateJudge`, `CompareJudge`, `ReasonJudge` or `ReasonCompareJudge`.
         source: `"default"` for the shipped judge; a folder with a network of one of `families.FAMILIES`, written by
             `MLLMJudge.save_pretrained` or by stock transformers; a folder with a LoRA adapter for such a network,
             which is merged into it (not if it is quantized); or a name on the Hugging Face Hub.

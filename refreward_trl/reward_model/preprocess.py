@@ -94,6 +94,16 @@ def tile_starts(size: int, tile: int) -> list[int]:
     return [min(start, size - tile) for start in range(0, size, tile)]
 
 
+def check_same_size(first: Tensor, second: Tensor) -> None:
+    """Raises `DataError` unless two batches of candidates `(b, 3, H, W)` have one shape."""
+    if first.shape != second.shape:
+        raise DataError(
+            f"candidates of {tuple(first.shape)} and {tuple(second.shape)}",
+            where="judge input",
+            fix="compare candidates of one size",
+        )
+
+
 def split_tiles(
     lr_image: Float[Tensor, "b 3 h w"],
     sr_image: Float[Tensor, "b 3 H W"],

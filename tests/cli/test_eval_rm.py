@@ -50,11 +50,14 @@ BRIGHT, DARK = "my_eval_rm_rewards.bright", "my_eval_rm_rewards.dark"
 
 
 def test_models_and_baselines_stand_in_one_table_with_protocol_and_hashes(folder: Path, capsys) -> None:
-    found = run("--model", f"good={BRIGHT}", "--model", f"bad={DARK}", "--model", "judge:compare")
-    assert {name: model["accuracy"]["mean"] for name, model in found["models"].items()} | {"judge-compare": None} == {
+    models = [f"good={BRIGHT}", f"bad={DARK}", "judge:compare", "judge:reason_compare"]
+    found = run(*(word for model in models for word in ("--model", model)))
+    accuracies = {name: model["accuracy"]["mean"] for name, model in found["models"].items()}
+    assert accuracies | {"judge-compare": None} == {
         "good": 1.0,
         "bad": 0.0,
         "judge-compare": None,
+        "judge-reason_compare": None,  # what an untrained judge writes names no choice
     }
     protocol, hashes = found["protocol"], found["hashes"]
     assert (protocol["split"], protocol["aspect"], protocol["seed"]) == ("test", "overall", 0)

@@ -23,6 +23,7 @@ from refreward_trl.evaluation.preference_scorers import CompareScorer, MetricSco
 from refreward_trl.evaluation.protocols import HR, Protocol
 from refreward_trl.reward_model.comparing import CompareJudge
 from refreward_trl.reward_model.conv import ConvJudge
+from refreward_trl.reward_model.reasoning import ReasonCompareJudge
 
 PAIRS = [OrderedPair(0, 1, 1.0, False), OrderedPair(0, 2, 1.0, False)]
 
@@ -83,6 +84,28 @@ def test_the_order_of_two_candidates_is_tried_both_ways(habit: float, agrees: fl
     reply = scorer.reply(loaded(), PAIRS)
     assert reply.agrees == [agrees] * 2 and not reply.scores
     assert reply.margins == pytest.approx([10 * 15 / 255, 10 * 30 / 255], abs=0.1)
+
+
+class Reasoning(ReasonCompareJudge):
+    """A judge that chooses the brighter candidate, and has no answer where one above a limit is shown first."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def compare_orders(self, lr_image: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        brightness = [side.mean(dim=(1, 2, 3)) for side in (first, second)]
+        odds = (brightness[0] - brightness[1]).sign()
+        return odds.masked_fill(brightness[0] > self.limit, nan), -odds
+
+
+def test_a_judge_that_names_no_choice_gives_no_answer() -> None:
+    given = loaded()
+    brightest, second = (float(given.candidates[index].float().mean()) / 255 for index in (0, 1))
+    scorer = CompareScorer("mine", Reasoning((brightest + second) / 2), {})
+    reply = scorer.reply(given, [PAIRS[0], OrderedPair(1, 2, 1.0, False)])
+    assert isnan(reply.margins[0]) and isnan(reply.agrees[0])
+    assert (reply.margins[1], reply.agrees[1]) == (1.0, 1.0)
+    assert scorer.problem == "an answer names no choice"
 
 
 def test_candidates_of_unlike_sizes_get_no_answer() -> None:
@@ -172,6 +195,7 @@ def test_a_formula_without_a_value_is_no_score_and_a_reward_that_fails_is_told()
         (["runs/rm/final"], [JudgeWord("final", "runs/rm/final", "rate")]),
         (["mine=runs/rm/final:compare"], [JudgeWord("mine", "runs/rm/final", "compare")]),
         (["runs/rm/final:reason"], [JudgeWord("final-reason", "runs/rm/final", "reason")]),
+        (["a=org/x:reason_compare"], [JudgeWord("a", "org/x", "reason_compare")]),
         (
             ["org/name", "org/name:compare"],
             [JudgeWord("name", "org/name"), JudgeWord("name-compare", "org/name", "compare")],

@@ -1,12 +1,13 @@
 import math
+from typing import TypeVar
 
 import pytest
 import torch
 from tiny_judges import FAMILY_NAMES, byte_tokenizer, family_judge, family_network, family_spec
 
-from refreward_trl.errors import CheckpointError, ConfigError
+from refreward_trl.errors import CheckpointError, ConfigError, DataError
 from refreward_trl.reward_model.question import shown_visuals
-from refreward_trl.reward_model.reasoning import ReasonJudge
+from refreward_trl.reward_model.reasoning import ReasonCompareJudge, ReasoningJudge, ReasonJudge
 from refreward_trl.rewards.refreward import RefReward
 
 
@@ -15,7 +16,10 @@ def pair(rows: int = 2, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.rand(rows, 3, side, side, generator=generator) for side in (size // 4, size))  # type: ignore[return-value]
 
 
-def speaking(judge: ReasonJudge, *answers: str) -> ReasonJudge:
+Speaker = TypeVar("Speaker", bound=ReasoningJudge)
+
+
+def speaking(judge: Speaker, *answers: str) -> Speaker:
     """Makes the network say these texts, one after the other, whatever it sees."""
     spoken = iter(answers)
 
@@ -118,3 +122,58 @@ def test_a_judge_that_was_not_made_to_reason_says_so() -> None:
 def test_sampling_options_need_reasoning() -> None:
     with pytest.raises(ConfigError, match="go with ask: reason"):
         RefReward(num_samples=3, temperature=1.0)
+
+
+# Choosing between two candidates
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_family_writes_a_choice_and_the_order_does_not_matter(family: str) -> None:
+    judge = family_judge(family, ReasonCompareJudge, max_new_tokens=12)
+    # What an untrained judge writes names no choice: the length of the text is made one.
+    judge._choice = lambda text: 1.0 if len(text) % 2 else -1.0  # type: ignore[method-assign]
+    lr_image, first = pair()
+    second = first.flip(0)
+    ahead = judge.compare(lr_image, first, second)
+    assert ahead.shape == (2,)
+    assert torch.equal(judge.compare(lr_image, second, first), -ahead)
+    assert torch.equal(judge.compare(lr_image, first, first), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("answers", "orders"),
+    [
+        (("<think>sharp</think><answer>A</answer>", "<think>no</think><answer>B</answer>"), (1.0, -1.0)),
+        (("A", "A"), (1.0, 1.0)),
+        (("A", "both A and B"), (1.0, math.nan)),
+        (("<think>A", "B"), (math.nan, -1.0)),
+    ],
+)
+def test_choices_are_read_in_both_orders(answers: tuple[str, str], orders: tuple[float, float]) -> None:
+    lr_image, first = pair(1)
+    judge = speaking(family_judge("qwen2_5_vl", ReasonCompareJudge), *answers)
+    found = [float(order) for order in judge.compare_orders(lr_image, first, first.flip(2))]
+    assert found == pytest.approx(orders, nan_ok=True)
+    again = speaking(family_judge("qwen2_5_vl", ReasonCompareJudge), *answers)
+    margin = float(again.compare(lr_image, first, first.flip(2)))
+    assert margin == pytest.approx((orders[0] - orders[1]) / 2, nan_ok=True)
+
+
+def test_choices_are_averaged_over_samples_and_tiles() -> None:
+    options = {"num_samples": 2, "temperature": 1.0}
+    lr_image, first = pair(1, size=64)  # four tiles
+    spoken = ["A", "A", "A", "B", "A", "?", "B", "B"]
+    judge = speaking(family_judge("qwen2_5_vl", ReasonCompareJudge, options=options), *spoken, *["B"] * 8)
+    forward, backward = judge.compare_orders(lr_image, first, first.flip(2))
+    assert (float(forward), float(backward)) == ((1 + 0 + 1 - 1) / 4, -1.0)
+
+
+def test_candidates_of_two_sizes_are_not_compared() -> None:
+    lr_image, first = pair(1)
+    with pytest.raises(DataError, match="one size"):
+        family_judge("qwen2_5_vl", ReasonCompareJudge).compare(lr_image, first, first[..., :16])
+
+
+def test_a_judge_without_the_question_does_not_reason_about_two() -> None:
+    with pytest.raises(CheckpointError, match="reason_compare_prompt"):
+        family_judge("qwen2_5_vl", ReasonCompareJudge, reason_compare_prompt="")
