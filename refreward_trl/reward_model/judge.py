@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPEC_FILE = "judge_spec.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 class MLLMJudge:
@@ -82,6 +84,9 @@ class MLLMJudge:
     ) -> None:
         """Writes a folder that `AutoModelForImageTextToText` and `AutoTokenizer` open, plus `judge_spec.json`.
 
+        The settings of the stock processor, for `AutoProcessor` and servers, come along from the folder that the
+        network was loaded from, if it has them; we do not need them.
+
         Args:
             folder: Where to; made if needed.
             dtype: Precision of the stored weights, for example `torch.float16`; None keeps that of the model.
@@ -95,6 +100,7 @@ class MLLMJudge:
         self.model.config.judge_spec_hash = self.spec.hash
         self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
+        _copy_processor(Path(getattr(self.model.config, "_name_or_path", "")), folder)
         (folder / SPEC_FILE).write_text(self.spec.to_json() + "\n")
 
     def weights_digest(self) -> str:
@@ -184,5 +190,7 @@ class MLLMJudge:
         return self.__dict__ | {"_positions": {}}  # keyed by the identity of prompts
 
 
-def _sizes(visuals: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(visual.shape[-2], visual.shape[-1]) for visual in visuals]
+def _copy_processor(source: Path, folder: Path) -> None:
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)

@@ -92,6 +92,20 @@ def test_the_packaged_spec_of_the_released_weights_is_read_and_marked(tmp_path: 
         load_judge(stock_folder(tmp_path), spec="refreward_sr")
 
 
+def test_settings_of_the_stock_processor_come_along(tmp_path: Path) -> None:
+    """Servers and `AutoProcessor` want them of a trained judge too."""
+    stock = stock_folder(tmp_path / "stock")
+    settings = (stock / "preprocessor_config.json").read_text()
+    load_judge(stock).save_pretrained(tmp_path / "own")
+    with_adapter(tmp_path / "base", tmp_path / "adapter")
+    (tmp_path / "base" / "preprocessor_config.json").write_text(settings)
+    load_judge(tmp_path / "adapter").save_pretrained(tmp_path / "merged")
+    for name in ("own", "merged"):
+        assert (tmp_path / name / "preprocessor_config.json").read_text() == settings
+    family_judge("qwen2_5_vl").save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new" / "preprocessor_config.json").exists()
+
+
 def test_an_adapter_is_merged_into_its_base(tmp_path: Path, pair: Pair) -> None:
     judge = with_adapter(tmp_path / "base", tmp_path / "adapter")
     adapted = judge.rate(*pair)
