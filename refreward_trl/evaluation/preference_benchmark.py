@@ -119,9 +119,7 @@ def as_dict(evaluation: PreferenceEvaluation) -> dict[str, Any]:
         "not_computed": dict(evaluation.not_computed),
         "differences": {
             model.name: {
-                baseline.name: evaluation.difference(model, baseline).as_dict()
-                for baseline in evaluation.baselines
-                if baseline.is_known
+                other.name: evaluation.difference(model, other).as_dict() for other in evaluation.compared_with(model)
             }
             for model in evaluation.models
         },

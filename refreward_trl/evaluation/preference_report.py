@@ -77,8 +77,13 @@ def as_text(evaluation: PreferenceEvaluation) -> str:
         else:
             rows.append([result.name, f"cannot be computed: {result.problem}", *[""] * 4])
     missing = [f"{r.name} {r.answers.missing}" for r in _all(evaluation) if r.is_known and r.answers.missing]
-    note = f"Pairs without an answer (never counted as one): {', '.join(missing)}." if missing else ""
-    return text_table(Table(_lead(evaluation), header, rows, note=note))
+    notes = [f"Pairs without an answer (never counted as one): {', '.join(missing)}."] if missing else []
+    first, *later = evaluation.models
+    for model in later:
+        if first.is_known and model.is_known:
+            change = evaluation.difference(model, first)
+            notes.append(f"{model.name} minus {first.name}: {_points(change.mean)} ({_brief(change, points=True)}).")
+    return text_table(Table(_lead(evaluation), header, rows, note=" ".join(notes)))
 
 
 def _all(evaluation: PreferenceEvaluation) -> list[ScorerResult]:
@@ -204,15 +209,21 @@ def _dots(evaluation: PreferenceEvaluation) -> DotPlot:
 
 
 def _differences(evaluation: PreferenceEvaluation) -> Table:
-    known = [baseline for baseline in evaluation.baselines if baseline.is_known]
     rows: list[list[Cell | str]] = []
-    for baseline in known:
-        changes = [evaluation.difference(model, baseline) for model in evaluation.models]
-        cells = [Cell(_points(each.mean), _brief(each, points=True), _tone(each)) for each in changes]
-        rows.append([baseline.name, *cells])
+    compared = {model.name: {o.name: o for o in evaluation.compared_with(model)} for model in evaluation.models}
+    others = {name: other for found in compared.values() for name, other in found.items()}
+    for other in others.values():
+        cells: list[Cell | str] = [other.name]
+        for model in evaluation.models:
+            if other.name in compared[model.name]:
+                change = evaluation.difference(model, other)
+                cells.append(Cell(_points(change.mean), _brief(change, points=True), _tone(change)))
+            else:
+                cells.append("")
+        rows.append(cells)
     return Table(
-        "Accuracy minus that of a baseline, on the pairs that both answered",
-        ["baseline", *(model.name for model in evaluation.models)],
+        "Accuracy minus that of a baseline or of a model named before, on the pairs that both answered",
+        ["minus", *(model.name for model in evaluation.models)],
         rows,
         note="An interval that holds 0 means: not shown to be better or worse.",
     )

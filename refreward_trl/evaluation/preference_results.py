@@ -181,6 +181,11 @@ class PreferenceEvaluation:
         chosen = set(firsts.values())
         return [*firsts.values(), *(row for row in ordered if row not in chosen)][:most]
 
+    def compared_with(self, model: ScorerResult) -> list[ScorerResult]:
+        """What a model is compared with: the known baselines, and the models that were named before it."""
+        earlier = self.models[: [each.name for each in self.models].index(model.name)]
+        return [other for other in (*self.baselines, *earlier) if other.is_known]
+
     def difference(self, model: ScorerResult, other: ScorerResult) -> Estimate:
         """Accuracy of a model minus that of another scorer, over the pairs that both answered."""
         return estimate(model.outcomes - other.outcomes, self.table.photos, seed=self.seed)

@@ -22,6 +22,7 @@ from refreward_trl.evaluation.preference_answers import ask, blank, foreign_lr_i
 from refreward_trl.evaluation.preference_baselines import IDENTITY, Baselines, identity_margins, open_baselines
 from refreward_trl.evaluation.preference_benchmark import as_dict, evaluate_preferences
 from refreward_trl.evaluation.preference_pairs import dataset_digest, pair_table
+from refreward_trl.evaluation.preference_report import _differences, as_text
 from refreward_trl.evaluation.preference_results import PreferenceEvaluation, ScorerResult, summarise
 from refreward_trl.evaluation.preference_scorers import RewardScorer, Scorer
 from refreward_trl.evaluation.statistics import clustered_bootstrap_ci
@@ -274,6 +275,16 @@ def test_differences_are_taken_on_the_pairs_that_both_answered() -> None:
     evaluation = evaluate(GROUPS, Refusing("shy", [0, 1, 2, 3]), scorer(lambda lr, sr: -brightness(lr, sr), "wrong"))
     shy, wrong = evaluation.models
     assert evaluation.difference(shy, wrong).mean == 1 and evaluation.difference(wrong, shy).mean == -1
+
+
+def test_a_model_is_compared_with_those_that_were_named_before_it() -> None:
+    evaluation = evaluate(GROUPS, scorer(lambda lr, sr: -brightness(lr, sr), "before"), scorer(name="after"))
+    found = as_dict(evaluation)["differences"]
+    assert found["after"]["before"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert "after" not in found["before"]
+    assert "after minus before: +100.0 points (95 % CI +100.0 to +100.0" in as_text(evaluation)
+    (row,) = (row for row in _differences(evaluation).rows if row[0] == "before")
+    assert row[1] == "" and row[2] != ""
 
 
 def test_worst_errors_are_the_most_certain_ones_of_as_many_groups_as_there_are() -> None:
