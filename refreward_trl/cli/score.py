@@ -14,8 +14,6 @@ from refreward_trl.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from refreward_trl.types import RewardFunction
 
-_MOST_NAMES = 5
-
 
 class Triple(NamedTuple):
     """The files of one image."""
@@ -66,7 +64,7 @@ def match_files(lr: Path, sr: Path, hr: Path | None = None) -> list[Triple]:
         hr: Of the same kind as `lr`, or None.
 
     Raises:
-        DataError: Something is missing, the kinds differ, or a name has no partner.
+        DataError: The kinds differ; or everything that is missing, double or without a partner, in one.
     """
     sides = {"LR": lr, "SR": sr} | ({"HR": hr} if hr is not None else {})
     for label, path in sides.items():
@@ -80,37 +78,22 @@ def match_files(lr: Path, sr: Path, hr: Path | None = None) -> list[Triple]:
         )
     if not lr.is_dir():
         return [Triple(sr.name, lr, sr, hr)]
-    files = {label: _by_stem(path) for label, path in sides.items()}
+    from refreward_trl.data.sources import images_by_name, missing_partners, report_problems
+
+    files: dict[str, dict[str, Path]] = {}
+    problems: list[DataError] = []
+    for label, path in sides.items():
+        files[label], found = images_by_name(path, recursive=False)
+        problems += found
+    if all(files.values()):  # else the empty folder is what is wrong
+        for label in [label for label in sides if label != "SR"]:
+            problems += missing_partners(files["SR"], files[label], sr, sides[label])
+    report_problems(problems, sum(map(len, files.values())), str(sr))
     names = files["SR"]
-    for label in sides:
-        _check_names(label, names, files[label])
     return [
         Triple(names[stem].name, files["LR"][stem], names[stem], files["HR"][stem] if hr is not None else None)
         for stem in sorted(names)
     ]
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    from refreward_trl.data.images import list_images
-
-    files: dict[str, Path] = {}
-    for path in list_images(folder):
-        if path.stem in files:
-            raise DataError(f"two images are named {path.stem!r}", where=str(folder), fix="keep one of them")
-        files[path.stem] = path
-    if not files:
-        raise DataError("there is no image in this folder", where=str(folder), fix="name a folder of images")
-    return files
-
-
-def _check_names(label: str, wanted: dict[str, Path], found: dict[str, Path]) -> None:
-    for names, text in (
-        (sorted(wanted.keys() - found.keys()), f"SR images without a partner among the {label} images"),
-        (sorted(found.keys() - wanted.keys()), f"{label} images without a partner among the SR images"),
-    ):
-        if names:
-            shown = ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
-            raise DataError(f"{len(names)} {text}: {shown}", fix="partners have the same name up to the ending")
 
 
 def load_rewards(names: Sequence[str], judge: str | None) -> dict[str, RewardFunction]:

@@ -80,8 +80,9 @@ def test_partners_may_differ_in_their_ending(folders):
 
 def test_what_does_not_match_is_named(folders):
     (folders / "lr/b.png").unlink()
-    with pytest.raises(DataError, match="1 SR images without a partner among the LR images: b"):
+    with pytest.raises(DataError, match="no image of this name in") as found:
         match_files(folders / "lr", folders / "sr")
+    assert str(folders / "sr/b.png") in str(found.value)
     (folders / "sr/a.png").unlink()
     (folders / "sr/b.png").unlink()
     with pytest.raises(DataError, match="no image"):
