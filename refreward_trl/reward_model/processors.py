@@ -90,7 +90,9 @@ def load_processor(folder: Path, config: PretrainedConfig, tokenizer: PreTrained
     Raises:
         CheckpointError: As `build_processor`.
     """
-    if find_spec("torchvision") is None or not (folder / "preprocessor_config.json").is_file():
+    # transformers before 5 wrote the first file, later ones the second.
+    described = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    if find_spec("torchvision") is None or not described:
         return build_processor(config, tokenizer, spec)
     processor: Any = AutoProcessor.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, padding_side="left"
