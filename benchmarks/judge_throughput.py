@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/judge_throughput.py [--candidates 8] [--size 128] [--json figures.json]
 
 Both ways take turns, on an untrained judge of the Qwen2.5-VL class that looks at LR and SR as two images. Beside the
-measured ratio stands the one that the token counts lead to expect. A second table compares `rate`, which reads one
-answer position, with `reason`, which writes its answer token by token. Exits with 1 if sharing is not faster by
-`LEAST_RATIO`, or changes a score by more than `MOST_DIFFERENCE`.
+measured ratio stands the one that the token counts lead to expect. The same for `compare`, asked about all ordered
+pairs. A last table compares `rate`, which reads one answer position, with `reason`, which writes its answer token by
+token. Exits with 1 if sharing is not faster by `LEAST_RATIO`, or changes a score by more than `MOST_DIFFERENCE`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refreward_trl.reward_model.comparing import CompareJudge
 from refreward_trl.reward_model.question import shown_visuals
 from refreward_trl.reward_model.reasoning import ReasonJudge
 from refreward_trl.reward_model.scoring import RateJudge
@@ -66,6 +67,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.repeats,
             arguments.device,
         )
+        comparing = CompareJudge(judge.model, judge.tokenizer, replace(judge.spec, compare_prompt="A better B"))
+        left, right = torch.triu_indices(len(candidates), len(candidates), offset=1)
+        pairs = lr_image.expand(len(left), -1, -1, -1), candidates[left], candidates[right]
+        table = comparing.choose_group(lr_image, candidates)
+        orders = torch.stack([table[left, right], table[right, left]])
+        compare_difference = (torch.stack(comparing.compare_orders(*pairs)) - orders).abs().max()
+        compared = take_turns(
+            {
+                "batch": lambda: comparing.compare_orders(*pairs),
+                "group": lambda: comparing.choose_group(lr_image, candidates),
+            },
+            arguments.repeats,
+            arguments.device,
+        )
         reasoned = take_turns(
             {
                 "rate": lambda: judge.rate(repeated[:1], candidates[:1]),
@@ -89,7 +104,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds_per_image": {way: round(statistics.median(times), 4) for way, times in reasoned.items()},
         "answer_tokens": arguments.answer,
     }
-    figures["within_bounds"] = figures["ratio"] >= LEAST_RATIO and float(difference) <= MOST_DIFFERENCE
+    figures["compare"] = {
+        "ratio": round(statistics.median(b / g for b, g in zip(compared["batch"], compared["group"], strict=True)), 3),
+        "pairs_per_second": {way: round(2 * len(left) / min(times), 2) for way, times in compared.items()},
+        "largest_difference": float(compare_difference),
+    }
+    figures["within_bounds"] = (
+        min(figures["ratio"], figures["compare"]["ratio"]) >= LEAST_RATIO
+        and max(float(difference), float(compare_difference)) <= MOST_DIFFERENCE
+    )
     return figures
 
 

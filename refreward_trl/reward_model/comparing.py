@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from refreward_trl.errors import CheckpointError
 from refreward_trl.reward_model.families import single_token_id
+from refreward_trl.reward_model.group_scoring import choose_with_shared_prefix
 from refreward_trl.reward_model.judge import SPEC_FILE, MLLMJudge
 from refreward_trl.reward_model.preprocess import check_same_size, split_tiles
-from refreward_trl.reward_model.question import JudgePrompt, shown_visuals
+from refreward_trl.reward_model.question import JudgePrompt, check_layout, shown_visuals
 from refreward_trl.reward_model.spec import JudgeSpec
 from refreward_trl.reward_model.vision_attention import batched_vision_attention
 
@@ -26,7 +27,7 @@ class CompareJudge(MLLMJudge):
     See `MLLMJudge` for the arguments.
 
     Raises:
-        CheckpointError: The spec has no `compare_prompt`.
+        CheckpointError: The spec has no `compare_prompt`, or the layout "clip".
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class CompareJudge(MLLMJudge):
                 where=SPEC_FILE,
                 fix="ask it to rate, or give a spec with compare_prompt and choice_tokens",
             )
-        visuals = 1 if spec.layout == "clip" else 3
-        self.prompt = JudgePrompt(tokenizer, self.family, spec.compare_prompt, visuals=visuals)
-        self._choice_ids = torch.tensor([single_token_id(tokenizer, token) for token in spec.choice_tokens])
+        check_layout(spec)
+        self.prompt = JudgePrompt(tokenizer, self.family, spec.compare_prompt, visuals=3)
+        self.choice_ids = torch.tensor([single_token_id(tokenizer, token) for token in spec.choice_tokens])
 
     def choice_logits(
         self,
@@ -59,7 +60,7 @@ class CompareJudge(MLLMJudge):
             model: The module to call instead of `self.model`.
         """
         visuals = shown_visuals(lr_image, [first, second], self.spec)
-        return self.answer_logits(self.prompt, visuals, self._choice_ids, model=model)
+        return self.answer_logits(self.prompt, visuals, self.choice_ids, model=model)
 
     def compare(
         self,
@@ -101,15 +102,30 @@ class CompareJudge(MLLMJudge):
             forward, backward = odds.view(2, -1, count).mean(dim=2).to(first.device)
             return forward, backward
 
+    def choose_group(
+        self, lr_image: Float[Tensor, "3 h w"], candidates: Float[Tensor, "k 3 H W"]
+    ) -> Float[Tensor, "k k"]:
+        """Returns all answers about the K candidates of one LR image: entry (i, j) is the log odds that i is better,
+        asked with i shown first and j second; 0 on the diagonal.
+
+        As `compare_orders` of every pair, but the LR image runs once, and each candidate once as the first one. No
+        graph.
+
+        Raises:
+            DataError: Sizes that do not fit each other.
+        """
+        count = len(candidates)
+        with torch.no_grad():
+            lr_tiles, tiles, per_image = self._tiles(lr_image.expand(count, -1, -1, -1), candidates)
+            tiles = tiles.view(count, per_image, *tiles.shape[1:])
+            with batched_vision_attention(self.model):
+                return choose_with_shared_prefix(self, lr_tiles[:per_image], tiles).to(candidates.device)
+
     def win_rates(self, lr_image: Float[Tensor, "3 h w"], candidates: Float[Tensor, "k 3 H W"]) -> Float[Tensor, " k"]:
         """Returns for each candidate of one LR image its mean probability of being better than each of the others."""
-        count = len(candidates)
-        left, right = torch.triu_indices(count, count, offset=1)
-        odds = self.compare(lr_image.expand(len(left), -1, -1, -1), candidates[left], candidates[right])
-        wins = torch.zeros(count, count, device=odds.device)
-        wins[left, right] = odds.sigmoid()
-        wins[right, left] = (-odds).sigmoid()
-        return wins.sum(dim=1) / max(1, count - 1)
+        table = self.choose_group(lr_image, candidates)
+        wins = ((table - table.T) / 2).sigmoid()
+        return (wins.sum(dim=1) - 0.5) / max(1, len(candidates) - 1)
 
     def _both_orders(self, lr_image: Tensor, first: Tensor, second: Tensor) -> Float[Tensor, "2 b"]:
         logits = self.choice_logits(

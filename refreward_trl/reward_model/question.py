@@ -60,15 +60,29 @@ class JudgePrompt:
             row.extend(self.family.visual_ids(*next(visuals)) if token == self.family.placeholder_id else [token])
         return row
 
-    def shared_length(self, first_size: tuple[int, int]) -> int:
-        """Returns how many tokens come before the second visual: all candidates of an LR image share them."""
+    def shared_length(self, *sizes: tuple[int, int]) -> int:
+        """Returns how many tokens come before the visual that follows visuals of these sizes.
+
+        After the LR image's alone, all candidates share them; after the first candidate's too, all that are compared
+        with it do.
+        """
         places = [index for index, token in enumerate(self._ids) if token == self.family.placeholder_id]
-        return places[1] - 1 + len(self.family.visual_ids(*first_size))
+        return places[len(sizes)] + sum(len(self.family.visual_ids(*size)) - 1 for size in sizes)
 
     def token_inputs(self, visuals: Sequence[Tensor]) -> dict[str, Tensor]:
         """Returns what a forward pass over visuals, as `JudgeFamily` describes them, wants to know of its tokens."""
         ids = torch.tensor(self.input_ids(sizes_of(visuals)), device=visuals[0].device).expand(len(visuals[0]), -1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | self.family.token_inputs(ids)
+
+
+def check_layout(spec: JudgeSpec) -> None:
+    """Raises `CheckpointError` for a judge that cannot be shown two candidates: a patch of a clip spans two frames."""
+    if spec.layout == "clip":
+        raise CheckpointError(
+            f"the judge {spec.name!r} sees LR and SR image as a clip, with no place for a second candidate",
+            where="judge_spec.json",
+            fix="ask it to rate, or use a judge with layout 'images'",
+        )
 
 
 def sizes_of(visuals: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from refreward_trl.randomness import stateless_seed
 from refreward_trl.reward_model.answers import parse_choice, parse_rating
 from refreward_trl.reward_model.judge import SPEC_FILE, MLLMJudge
 from refreward_trl.reward_model.preprocess import check_same_size, split_tiles
-from refreward_trl.reward_model.question import JudgePrompt, shown_visuals
+from refreward_trl.reward_model.question import JudgePrompt, check_layout, shown_visuals
 from refreward_trl.reward_model.spec import JudgeSpec
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class ReasoningJudge(MLLMJudge):
         **limits: See `MLLMJudge`.
 
     Raises:
-        CheckpointError: The spec has no such prompt.
+        CheckpointError: The spec has no such prompt, or the layout "clip" where two candidates are shown.
         ConfigError: Several samples without temperature, or numbers out of range.
     """
 
@@ -88,6 +88,8 @@ class ReasoningJudge(MLLMJudge):
         self.num_samples = num_samples
         self.temperature = temperature
         self.seed = seed
+        if self.candidates > 1:
+            check_layout(spec)
         visuals = 1 if spec.layout == "clip" else 1 + self.candidates
         self.prompt = JudgePrompt(tokenizer, self.family, text, visuals=visuals)
 

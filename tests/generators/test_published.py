@@ -138,10 +138,20 @@ def test_strengths_mix_the_two_levels_of_pisa(written: dict[str, fixtures.Publis
         torch.testing.assert_close(generator.predict(z, cond), expected, rtol=1e-4, atol=2e-5)
 
 
+def assert_reloaded(again: Any, generator: Any, lr_image: Tensor) -> None:
+    """Weights to the bit; images nearly, because matrix products of some CPUs round by where their buffers lie."""
+    for part in ("denoiser", "vae", "pixel_denoiser"):
+        if hasattr(generator, part):
+            weights, expected = (getattr(each, part).state_dict() for each in (again, generator))
+            assert weights.keys() == expected.keys()
+            assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    torch.testing.assert_close(again.generate(lr_image), generator.generate(lr_image), rtol=0, atol=1e-4)
+
+
 def test_strengths_survive_saving(written: dict[str, fixtures.Published], lr_image: Tensor, tmp_path: Path) -> None:
     generator = load(written["pisa_sr"], pixel_strength=0.8, semantic_strength=0.3)
     generator.save_pretrained(tmp_path)
-    assert torch.equal(load_generator(tmp_path).generate(lr_image), generator.generate(lr_image))
+    assert_reloaded(load_generator(tmp_path), generator, lr_image)
     with pytest.raises(ConfigError, match="semantic adapters"):
         plain = tmp_path / "plain"
         load(written["pisa_sr"]).save_pretrained(plain)
@@ -152,7 +162,7 @@ def test_strengths_survive_saving(written: dict[str, fixtures.Published], lr_ima
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saving_and_loading_is_bit_exact(
+def test_saving_and_loading_changes_nothing(
     family: str, written: dict[str, fixtures.Published], lr_image: Tensor, tmp_path: Path, train_policy: TrainPolicy
 ) -> None:
     generator = load(written[family])
@@ -161,11 +171,11 @@ def test_saving_and_loading_is_bit_exact(
     generator.save_pretrained(tmp_path)
     again = load_generator(tmp_path)
     assert isinstance(again, LatentGenerator)
-    assert torch.equal(again.generate(lr_image), generator.generate(lr_image))
+    assert_reloaded(again, generator, lr_image)
     assert again.config == generator.config
     assert again.origin is not None and again.origin.family == family
     with again.reference(), generator.reference():
-        assert torch.equal(again.generate(lr_image), generator.generate(lr_image))
+        assert_reloaded(again, generator, lr_image)
 
 
 @pytest.mark.parametrize("family", ["osediff", "pisa_sr", "hypir", "tsd_sr"])

@@ -4,6 +4,8 @@ from tiny_judges import FAMILY_NAMES, byte_tokenizer, family_judge, family_netwo
 
 from refreward_trl.errors import CheckpointError, DataError
 from refreward_trl.reward_model.comparing import CompareJudge
+from refreward_trl.reward_model.judge import MLLMJudge
+from refreward_trl.reward_model.reasoning import ReasonCompareJudge
 
 
 def images(rows: int = 3, *, size: int = 32) -> list[torch.Tensor]:
@@ -53,6 +55,32 @@ def test_a_graph_reaches_both_candidates() -> None:
     for pixels in (first, second):
         assert pixels.grad is not None
         assert (pixels.grad != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize(("count", "size", "options"), [(4, 32, {}), (3, 48, {}), (5, 32, {"batch_size": 3})])
+def test_a_group_shares_work_without_changing_an_answer(
+    family: str, count: int, size: int, options: dict[str, int]
+) -> None:
+    judge = family_judge(family, CompareJudge, options=options)
+    lr_image, candidates, _ = images(count, size=size)
+    table = judge.choose_group(lr_image[0], candidates)
+    assert table.shape == (count, count)
+    for i in range(count):
+        for j in range(count):
+            if i == j:
+                assert table[i, j] == 0
+            else:
+                ahead, behind = judge.compare_orders(lr_image[:1], candidates[i : i + 1], candidates[j : j + 1])
+                assert float(table[i, j]) == pytest.approx(float(ahead), abs=1e-5)
+                assert float(table[j, i]) == pytest.approx(float(behind), abs=1e-5)
+    assert (table + table.T).abs().max() > 1e-3, "the order is not asked both ways"
+
+
+@pytest.mark.parametrize("kind", [CompareJudge, ReasonCompareJudge])
+def test_a_judge_of_clips_cannot_compare(kind: type[MLLMJudge]) -> None:
+    with pytest.raises(CheckpointError, match="with no place for a second candidate"):
+        family_judge("qwen2_5_vl", kind, layout="clip")
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
