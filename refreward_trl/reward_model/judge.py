@@ -100,7 +100,8 @@ class MLLMJudge:
         self.model.config.judge_spec_hash = self.spec.hash
         self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
-        _copy_processor(Path(getattr(self.model.config, "_name_or_path", "")), folder)
+        if source := getattr(self.model.config, "_name_or_path", ""):  # networks that were not loaded have none
+            _copy_processor(Path(source), folder)
         (folder / SPEC_FILE).write_text(self.spec.to_json() + "\n")
 
     def weights_digest(self) -> str:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,8 @@ class JudgeReward(ABC):
     """
 
     __name__: str
+    checkpoints: ClassVar[tuple[bool | str, ...]] = (False, True)
+    """What `checkpoint` may be."""
 
     def __init__(
         self,
@@ -60,6 +62,11 @@ class JudgeReward(ABC):
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}", where=f"reward {self.__name__!r}")
+        if checkpoint not in self.checkpoints:
+            raise ConfigError(
+                f"checkpoint must be one of {', '.join(map(repr, self.checkpoints))}, got {checkpoint!r}",
+                where=f"reward {self.__name__!r}",
+            )
         self.source = source
         self.device = None if device is None else torch.device(device)
         self.batch_size = batch_size
@@ -156,7 +163,7 @@ class JudgeReward(ABC):
         self.judge.to(device)
         with torch.autocast(device.type, enabled=False):
             lr_image, sr_image = lr_image.to(device), sr_image.to(device)
-            if self.checkpoint is True and torch.is_grad_enabled() and sr_image.requires_grad:
+            if self.checkpoint and self.checkpoint != "blocks" and torch.is_grad_enabled() and sr_image.requires_grad:
                 scores = recompute_in_backward(
                     self._score_batch, lr_image, sr_image, use_reentrant=False, preserve_rng_state=False
                 )
@@ -204,6 +211,7 @@ class RefReward(JudgeReward):
     """
 
     __name__ = "refreward"
+    checkpoints = (False, True, "blocks")
 
     def __init__(
         self,
@@ -223,10 +231,6 @@ class RefReward(JudgeReward):
         temperature: float = 0.0,
     ) -> None:
         super().__init__(source, device=device, batch_size=batch_size, checkpoint=checkpoint)
-        if checkpoint not in (False, True, "blocks"):
-            raise ConfigError(
-                f"checkpoint must be true, false or 'blocks', got {checkpoint!r}", where="reward 'refreward'"
-            )
         if ask not in ("rate", "reason"):
             raise ConfigError(f"ask must be 'rate' or 'reason', got {ask!r}", where="reward 'refreward'")
         self.dtype = _read_dtype(dtype)

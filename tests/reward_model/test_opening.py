@@ -92,7 +92,7 @@ def test_the_packaged_spec_of_the_released_weights_is_read_and_marked(tmp_path: 
         load_judge(stock_folder(tmp_path), spec="refreward_sr")
 
 
-def test_settings_of_the_stock_processor_come_along(tmp_path: Path) -> None:
+def test_settings_of_the_stock_processor_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers and `AutoProcessor` want them of a trained judge too."""
     stock = stock_folder(tmp_path / "stock")
     settings = (stock / "preprocessor_config.json").read_text()
@@ -102,6 +102,7 @@ def test_settings_of_the_stock_processor_come_along(tmp_path: Path) -> None:
     load_judge(tmp_path / "adapter").save_pretrained(tmp_path / "merged")
     for name in ("own", "merged"):
         assert (tmp_path / name / "preprocessor_config.json").read_text() == settings
+    monkeypatch.chdir(stock)  # a network that was not loaded has no folder, and this is not its own
     family_judge("qwen2_5_vl").save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new" / "preprocessor_config.json").exists()
 
