@@ -186,11 +186,18 @@ def knobs(recipe: Recipe, sharding: Sharding, *, cpu: bool) -> Iterator[Knob]:
 
 def _judge_knob(rewards: list[Any]) -> Iterator[Knob]:
     entries: list[dict[str, Any]] = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in rewards]
-    ours = [entry for entry in entries if entry.get("name") == "refreward"]
-    if any(not (entry.get("kwargs") or {}).get("checkpoint") for entry in ours):
-        for entry in ours:
-            entry["kwargs"] = {**(entry.get("kwargs") or {}), "checkpoint": True}
-        yield Knob("rewards: refreward with kwargs {checkpoint: true}", {"rewards": entries}, "one more judge forward")
+    ours = [entry.get("kwargs") or {} for entry in entries if entry.get("name") == "refreward"]
+    for checkpoint, written in ((True, "true"), ("blocks", "blocks")):
+        if all(kwargs.get("checkpoint") in (checkpoint, "blocks") for kwargs in ours):
+            continue
+        changed = [
+            {**entry, "kwargs": {**(entry.get("kwargs") or {}), "checkpoint": checkpoint}}
+            if entry.get("name") == "refreward"
+            else entry
+            for entry in entries
+        ]
+        text = f"rewards: refreward with kwargs {{checkpoint: {written}}}"
+        yield Knob(text, {"rewards": changed}, "one more judge forward")
 
 
 def _launch_knobs(sharding: Sharding, cpu: bool) -> Iterator[Knob]:
@@ -221,6 +228,7 @@ def _classes(method: str) -> tuple[Any, Any]:
 
 def _rewards(recipe: Recipe, mode: Any) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Returns keywords of the trainer, the networks of the judges, and remarks."""
+    from refreward_trl.rewards.refreward import JudgeReward
     from refreward_trl.trainers.arguments import RewardArguments
 
     wanted = build_arguments(RewardArguments, recipe.values)
@@ -231,14 +239,13 @@ def _rewards(recipe: Recipe, mode: Any) -> tuple[dict[str, Any], dict[str, Any],
         rewards, names, weights = build_rewards(entries)
         kept = []
         for reward, name, weight in zip(rewards, names, weights, strict=True):
-            if not reward_without_content(reward, mode):
-                remarks.append(f"the reward {name!r} is not ours: what it takes is not counted")
-                kept.append((_stand_in, weight))
-                continue
-            judge = getattr(reward, "_judge", None)
+            remark = reward_without_content(reward, mode)
+            judge = reward._judge if isinstance(reward, JudgeReward) else None
             if judge is not None:
                 judges[f"judge {name}"] = getattr(judge, "model", judge)
-            kept.append((reward, weight))
+            if remark is not None:
+                remarks.append(f"what the reward {name!r} takes is not counted: {remark}")
+            kept.append((reward if remark is None else _stand_in, weight))
         found[key] = [reward for reward, _ in kept]
         if key == "reward_funcs":
             found["reward_weights"] = [weight for _, weight in kept]

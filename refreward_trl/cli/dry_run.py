@@ -177,5 +177,17 @@ def _describe_images(dataset: Any) -> str:
 
 
 def _describe_rewards(entries: list[Any]) -> str:
-    _, names, weights = build_rewards(entries)
-    return ", ".join(f"{name} x {weight:g}" for name, weight in zip(names, weights, strict=True))
+    rewards, names, weights = build_rewards(entries)
+    return ", ".join(
+        f"{name} x {weight:g}{_describe_judge(reward)}"
+        for reward, name, weight in zip(rewards, names, weights, strict=True)
+    )
+
+
+def _describe_judge(reward: Any) -> str:
+    """Says where the weights of a reward come from, if they are not the shipped ones."""
+    from refreward_trl.rewards.refreward import JudgeReward
+
+    if not isinstance(reward, JudgeReward) or reward.source == "default":
+        return ""
+    return f" ({reward.source})" if reward.locate() else f" ({reward.source}: to be downloaded, if it is not cached)"

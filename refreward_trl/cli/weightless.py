@@ -13,6 +13,7 @@ from refreward_trl.cli.building import build_generator, is_module
 from refreward_trl.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from refreward_trl.generators.base import Generator
@@ -49,6 +50,10 @@ STOCK = {
 PROMPT_TOKENS = {"UNet2DConditionModel": 77, "SD3Transformer2DModel": 333}
 
 
+REHEARSED = ("qwen2_5_vl", "qwen3_vl")
+"""Families of judges whose forward needs no content of its tensors."""
+
+
 def generator_without_content(arguments: GeneratorArguments, *, scale: int, mode: FakeTensorMode) -> Generator:
     """Returns the generator of a recipe with fake weights.
 
@@ -76,43 +81,53 @@ def generator_without_content(arguments: GeneratorArguments, *, scale: int, mode
     return generator
 
 
-def reward_without_content(reward: RewardFunction, mode: FakeTensorMode) -> bool:
-    """Gives a reward of ours a judge with fake weights; returns whether it is one that can be rehearsed."""
+def reward_without_content(reward: RewardFunction, mode: FakeTensorMode) -> str | None:
+    """Gives a reward of ours a judge with fake weights.
+
+    Returns:
+        None if the reward can be rehearsed; else what of it is not counted, and why.
+    """
     from refreward_trl.rewards.fidelity import LRConsistency, psnr, ssim
     from refreward_trl.rewards.heldout import HeldOutJudge
     from refreward_trl.rewards.refreward import RefReward
     from refreward_trl.trainers.shape_trace import without_content
 
-    if isinstance(reward, RefReward):
-        reward._judge = rate_judge_without_content(reward.source, mode, reward.dtype)
-        return True
+    if isinstance(reward, RefReward) and reward.ask == "rate":
+        judge = rate_judge_without_content(reward.source, mode, reward.dtype, reward.spec)
+        reward._judge = judge
+        kind = judge.model.config.model_type
+        return None if kind in REHEARSED else f"only its weights are: shapes do not tell what a {kind} computes"
     if isinstance(reward, HeldOutJudge):
         without_content(reward.judge, mode)  # type: ignore[arg-type]
-        return True
-    return isinstance(reward, LRConsistency) or getattr(reward, "func", reward) in (psnr, ssim)
+        return None
+    if isinstance(reward, LRConsistency) or getattr(reward, "func", reward) in (psnr, ssim):
+        return None
+    return "it cannot be rehearsed on shapes"
 
 
-def rate_judge_without_content(source: str | Path, mode: FakeTensorMode, dtype: Any = None) -> Any:
-    """Returns a judge of the Qwen2.5-VL family with fake, frozen weights.
+def rate_judge_without_content(
+    source: str | Path, mode: FakeTensorMode, dtype: Any = None, spec: str | Path | None = None
+) -> Any:
+    """Returns a judge with fake, frozen weights; an adapter is taken to be merged. Of a name on the hub everything but
+    its weights is downloaded.
 
     Raises:
-        CheckpointError: Its configuration, tokenizer or spec is missing or cannot be read.
+        CheckpointError: There is no such judge, or its configuration, tokenizer or spec cannot be read.
+        SetupError: The hub cannot be reached or does not have it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-    from refreward_trl.reward_model.judge import SPEC_FILE
-    from refreward_trl.reward_model.loading import DEFAULT_JUDGE
+    from refreward_trl.reward_model.loading import ADAPTER_FILE, SETTINGS, base_of, choose_spec, find_folder
     from refreward_trl.reward_model.scoring import RateJudge
-    from refreward_trl.reward_model.spec import JudgeSpec
     from refreward_trl.trainers.shape_trace import without_content
 
-    package = Path(__file__).resolve().parents[1]
-    folder = package / DEFAULT_JUDGE if source == "default" else Path(source)
+    folders = [find_folder(source, SETTINGS)]
+    if (folders[0] / ADAPTER_FILE).is_file():
+        folders.append(find_folder(base_of(folders[0]), SETTINGS))
     try:
-        spec = JudgeSpec.from_json((folder / SPEC_FILE).read_text(encoding="utf-8"), where=str(folder / SPEC_FILE))
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folders[-1], local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folders[-1], local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = AutoModelForImageTextToText.from_config(
                 config, dtype=dtype or torch.float32, trust_remote_code=False, attn_implementation="sdpa"
@@ -120,11 +135,21 @@ def rate_judge_without_content(source: str | Path, mode: FakeTensorMode, dtype: 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"the judge cannot be built from its configuration ({type(error).__name__}: {_first_line(error)})",
-            where=str(folder),
+            where=str(folders[-1]),
             fix="give 'default' or the folder of a saved judge",
         ) from error
+    used = choose_spec(spec, folders, model, tokenizer)
     model.eval().requires_grad_(False)
-    return RateJudge(without_content(model, mode), tokenizer, spec)  # type: ignore[arg-type]
+    if config.model_type == "qwen3_vl":
+        model.model.language_model._deepstack_process = _added_to_the_first
+    return RateJudge(without_content(model, mode), tokenizer, used)  # type: ignore[arg-type]
+
+
+def _added_to_the_first(hidden_states: Tensor, mask: Tensor, embeds: Tensor) -> Tensor:
+    """Adds features to as many tokens as there are: of the mask that says to which, shapes do not tell the number."""
+    tokens = hidden_states.clone().flatten(0, 1)
+    tokens[: len(embeds)] = tokens[: len(embeds)] + embeds
+    return tokens.view_as(hidden_states)
 
 
 def _saved(folder: Path, mode: FakeTensorMode) -> Generator:

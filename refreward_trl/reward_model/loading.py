@@ -32,7 +32,9 @@ from refreward_trl.reward_model.spec import JudgeSpec
 DEFAULT_JUDGE = "assets/judge"
 SPECS = "assets/specs"
 ADAPTER_FILE = "adapter_config.json"
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+"""Files of a judge on the hub that hold no weights."""
+PATTERNS = ("*.safetensors", *SETTINGS)
 """What is downloaded: no code and no pickles."""
 
 Quantization: TypeAlias = Literal["8bit", "4bit"]
@@ -106,23 +108,24 @@ def open_network(
         )
     adapter = folder if (folder / ADAPTER_FILE).is_file() else None
     if adapter is not None:
-        folder = _base_of(adapter)
+        folder = find_folder(base_of(adapter))
+        if not (adapter / "adapter_model.safetensors").is_file():
+            raise CheckpointError("no adapter_model.safetensors", where=str(adapter), fix="copy the folder again")
     _check_json_files(folder)
     model = _read_model(folder, dtype, quantization, device)
     tokenizer = _read_tokenizer(folder)
-    used = _find_spec(spec, [part for part in (adapter, folder) if part is not None], model, tokenizer)
+    used = choose_spec(spec, [part for part in (adapter, folder) if part is not None], model, tokenizer)
     _check_hash(model, used, folder, adapter)
     if adapter is not None:
         model = _with_adapter(model, adapter, merge=quantization is None)
     return model, tokenizer, used
 
 
-def find_folder(source: str | Path) -> Path:
-    """Returns the folder of a judge on this disk, after downloading it from the hub if it is a name there.
+def locate_folder(source: str | Path) -> Path | None:
+    """Returns the folder of a judge on this disk; None where `source` is a name on the hub. Downloads nothing.
 
     Raises:
         CheckpointError: It is neither a folder nor a name.
-        SetupError: The hub cannot be reached or does not have it.
     """
     if source == "default":
         return Path(str(files("refreward_trl") / DEFAULT_JUDGE))
@@ -135,8 +138,25 @@ def find_folder(source: str | Path) -> Path:
             where=str(folder),
             fix="give 'default', the folder of a saved judge, or a hub name such as Qwen/Qwen2.5-VL-3B-Instruct",
         )
+    return None
+
+
+def find_folder(source: str | Path, patterns: Sequence[str] = PATTERNS) -> Path:
+    """Returns the folder of a judge on this disk, after downloading it from the hub if it is a name there.
+
+    Args:
+        source: A folder or a name.
+        patterns: Which files to download.
+
+    Raises:
+        CheckpointError: It is neither a folder nor a name.
+        SetupError: The hub cannot be reached or does not have it.
+    """
+    folder = locate_folder(source)
+    if folder is not None:
+        return folder
     try:
-        return Path(snapshot_download(str(source), allow_patterns=PATTERNS))
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise SetupError(
@@ -146,7 +166,12 @@ def find_folder(source: str | Path) -> Path:
         ) from error
 
 
-def _base_of(adapter: Path) -> Path:
+def base_of(adapter: Path) -> str:
+    """Returns folder or name of the network that a LoRA adapter belongs to.
+
+    Raises:
+        CheckpointError: It does not say.
+    """
     base = read_object(adapter / ADAPTER_FILE).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(
@@ -154,9 +179,7 @@ def _base_of(adapter: Path) -> Path:
             where=str(adapter / ADAPTER_FILE),
             fix="set base_model_name_or_path there",
         )
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise CheckpointError("no adapter_model.safetensors", where=str(adapter), fix="copy the folder again")
-    return find_folder(base)
+    return base
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path, *, merge: bool) -> Any:
@@ -174,12 +197,18 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, *, merge: bool) -> Any:
     return adapted.merge_and_unload() if merge else adapted
 
 
-def _find_spec(
+def choose_spec(
     given: JudgeSpec | str | Path | None,
     folders: Sequence[Path],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> JudgeSpec:
+    """Returns how a judge is asked: the spec that lies in the first of its folders that has one, else the given one,
+    else that of its family.
+
+    Raises:
+        CheckpointError: A spec is missing or unreadable, or another one than the judge's own was given.
+    """
     own = next((path for folder in folders if (path := folder / SPEC_FILE).is_file()), None)
     if isinstance(given, (str, Path)):
         given = read_spec(find_spec_file(given))

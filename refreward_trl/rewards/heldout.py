@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from refreward_trl.errors import CheckpointError
 from refreward_trl.rewards.refreward import JudgeReward
 
 if TYPE_CHECKING:
@@ -33,7 +34,19 @@ class HeldOutJudge(JudgeReward):
         """Returns the reward of a saved judge; see the class for the arguments. The judge loads at the first score."""
         return cls(source, device=device, batch_size=batch_size)
 
+    def locate(self) -> Path:
+        from refreward_trl.reward_model.conv import CONFIG_FILE
+
+        folder = DEFAULT_FOLDER if self.source == "default" else Path(self.source)
+        if not (folder / CONFIG_FILE).is_file():
+            raise CheckpointError(
+                f"no held-out judge at {str(folder)!r}",
+                where=f"reward {self.__name__!r}",
+                fix="give 'default', or a folder written by ConvJudge.save_pretrained",
+            )
+        return folder
+
     def _load(self) -> ConvJudge:
         from refreward_trl.reward_model.conv import ConvJudge
 
-        return ConvJudge.from_pretrained(DEFAULT_FOLDER if self.source == "default" else self.source)
+        return ConvJudge.from_pretrained(self.locate())

@@ -129,6 +129,16 @@ class JudgeReward(ABC):
             labels,
         )
 
+    def locate(self) -> Path | None:
+        """Returns the folder of the judge on this disk; None where it is a name on the hub. Loads nothing.
+
+        Raises:
+            CheckpointError: It is neither.
+        """
+        from refreward_trl.reward_model.loading import locate_folder  # takes seconds: transformers
+
+        return locate_folder(self.source)
+
     @property
     def judge(self) -> Judge:
         """The judge itself, loaded at the first use."""

@@ -142,7 +142,54 @@ def test_a_reward_of_the_user_is_named_as_not_counted(capsys, generator_folder, 
         *small,
     ]
     _, report = ask(capsys, *words)
-    assert any("'own' is not ours" in remark for remark in report["remarks"])
+    assert any("'own' takes is not counted" in remark for remark in report["remarks"])
+
+
+def test_a_judge_is_counted_wherever_it_lies(capsys, generator_folder, tmp_path, small):
+    from peft import LoraConfig, get_peft_model
+    from tiny_judges import family_judge
+
+    judge = family_judge("qwen3_vl")
+    weights = sum(parameter.numel() for parameter in judge.model.parameters())
+    judge.save_pretrained(tmp_path / "whole")
+    judge.model.save_pretrained(tmp_path / "base")  # as stock transformers do: without a spec
+    judge.tokenizer.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(judge.model, LoraConfig(target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "judge_spec.json").write_text(judge.spec.to_json())
+    words = ["--config", "tiny/refl", "--generator", str(generator_folder), "--heldout_rewards", "[]", *small]
+    counted = {}
+    capsys.readouterr()  # a library prints while it saves
+    for name in ("whole", "adapter"):
+        for file in (tmp_path / name).glob("model*.safetensors"):
+            file.unlink()
+        rewards = [{"name": "refreward", "kwargs": {"source": str(tmp_path / name), "dtype": "bfloat16"}}]
+        code, report = ask(capsys, *words, "--rewards", json.dumps(rewards))
+        assert code == 0 and not report["remarks"]
+        counted[name] = report["parts"]["judges"]
+    assert counted["whole"] == counted["adapter"] == pytest.approx(2 * weights, rel=0.01)
+
+
+def test_of_a_judge_that_shapes_do_not_describe_the_weights_are_counted(capsys, generator_folder, tmp_path, small):
+    from tiny_judges import family_judge
+
+    judge = family_judge("smolvlm")
+    judge.save_pretrained(tmp_path / "judge")
+    rewards = [{"name": "refreward", "kwargs": {"source": str(tmp_path / "judge")}}]
+    words = ["--config", "tiny/refl", "--generator", str(generator_folder), "--heldout_rewards", "[]", *small]
+    capsys.readouterr()
+    code, report = ask(capsys, *words, "--rewards", json.dumps(rewards))
+    weights = sum(parameter.numel() for parameter in judge.model.parameters())
+    assert code == 0 and report["parts"]["judges"] == pytest.approx(4 * weights, rel=0.01)
+    assert any("shapes do not tell what a smolvlm computes" in remark for remark in report["remarks"])
+
+
+def test_a_missing_judge_is_named(capsys, generator_folder, small):
+    rewards = json.dumps([{"name": "refreward", "kwargs": {"source": "runs/not/here"}}])
+    words = ["--config", "tiny/refl", "--generator", str(generator_folder), *small, "--rewards", rewards]
+    assert app.main(["doctor", *words]) == 5
+    assert "no judge at 'runs/not/here'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

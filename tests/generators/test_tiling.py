@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.upscale_memory import seams
+from benchmarks.upscale_memory import jumps, seams
 from refreward_trl.errors import ConfigError, DataError
 from refreward_trl.generators import Generator, tiling
 from refreward_trl.generators.color_fix import COLOR_FIXES
@@ -250,6 +250,13 @@ def test_halved_tiles_halve_their_overlap():
 
 
 def test_the_shipped_generator_leaves_no_seam():
-    figures = seams(1, 192)
-    assert len(figures["photos"]) == 1
-    assert figures["worst_over_untiled"] <= 1.1
+    figures = seams(1, 192, crops=1)
+    assert figures["photos"] == 1 and figures["seam_lines"] > 4
+    assert figures["worst_photo_over_untiled"] <= 1.1
+
+
+def test_a_seam_would_be_seen():
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.1
+    image[:, 32:] += 0.2
+    at, lines, beside, others = jumps(image, [[32], []], (1,)).tolist()
+    assert (lines, others) == (1, 2) and at > 3 * beside / others
