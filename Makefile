@@ -39,7 +39,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q -m 'not slow and not faults'
+	$(BIN)/python -m pytest -q -m 'not slow and not faults' -n logical --maxprocesses 4 --dist worksteal
 
 test: check
 	@# A run that was killed while it compiled leaves a lock behind, on which the next one would wait for ever.

@@ -185,6 +185,25 @@ def test_of_a_judge_that_shapes_do_not_describe_the_weights_are_counted(capsys, 
     assert any("shapes do not tell what a smolvlm computes" in remark for remark in report["remarks"])
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "offered"),
+    [({}, ["true", "blocks"]), ({"checkpoint": True}, ["blocks"]), ({"checkpoint": "blocks"}, [])],
+)
+def test_what_a_judge_has_not_used_yet_is_offered(kwargs, offered):
+    from refreward_trl.cli.doctor_plan import knobs
+    from refreward_trl.cli.recipe import Recipe
+    from refreward_trl.trainers.memory_estimate import Sharding
+
+    rewards = ["psnr", {"name": "refreward", "weight": 2.0, "kwargs": {"batch_size": 1, **kwargs}}]
+    recipe = Recipe("refl", "a recipe", {"rewards": rewards})
+    found = [knob for knob in knobs(recipe, Sharding(), cpu=True) if "rewards" in knob.values]
+    assert [knob.text.partition("checkpoint: ")[2] for knob in found] == [f"{name}}}" for name in offered]
+    for knob in found:
+        first, second = knob.values["rewards"]
+        assert first == {"name": "psnr"} and second["weight"] == 2.0 and second["kwargs"]["batch_size"] == 1
+    assert rewards[1]["kwargs"] == {"batch_size": 1, **kwargs}, "the recipe itself is left alone"
+
+
 def test_a_missing_judge_is_named(capsys, generator_folder, small):
     rewards = json.dumps([{"name": "refreward", "kwargs": {"source": "runs/not/here"}}])
     words = ["--config", "tiny/refl", "--generator", str(generator_folder), *small, "--rewards", rewards]

@@ -96,7 +96,9 @@ def nothing_left() -> Any:
 
 
 @pytest.mark.parametrize(
-    "reward", [function, Judge(), functools.partial(function, extra=1), functools.partial(Judge())], ids=str
+    "reward",
+    [function, Judge(), functools.partial(function, extra=1), functools.partial(Judge())],
+    ids=["function", "object", "partial function", "partial object"],
 )
 def test_every_form_is_seen_and_awaited(reward: Reward) -> None:
     assert is_async(reward)
