@@ -21,6 +21,11 @@ from refreward_trl.evaluation.sr_benchmark import Row, column, mean_of
 from refreward_trl.evaluation.statistics import Estimate, estimate, gain_minus_control
 
 
+def spread_of(rows: Sequence[Row], name: str) -> float:
+    """Returns the standard deviation of a figure over the photos; NaN for fewer than two."""
+    return float(np.nanstd(column(rows, name), ddof=1)) if len(rows) > 1 else float("nan")
+
+
 @dataclass(frozen=True)
 class AlignmentResult:
     """One method and its control on the same photos.
@@ -91,9 +96,7 @@ class AlignmentResult:
     @property
     def spread(self) -> float:
         """Standard deviation of the optimised reward over the photos before the run: the unit of an effect."""
-        return (
-            float(np.nanstd(column(self.before, self.reward_column), ddof=1)) if len(self.before) > 1 else float("nan")
-        )
+        return spread_of(self.before, self.reward_column)
 
     def summary(self) -> dict[str, Any]:
         """The figures of `summary.json`. Rewards are means over photos, PSNRs in dB."""

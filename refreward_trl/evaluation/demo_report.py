@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from refreward_trl.evaluation.alignment_benchmark import AlignmentResult, telling_photos
+from refreward_trl.evaluation.alignment_benchmark import AlignmentResult, spread_of, telling_photos
 from refreward_trl.evaluation.charts import DotPlot, DotRow, Line, LineChart, Mark
 from refreward_trl.evaluation.report import (
     Cell,
@@ -435,13 +435,18 @@ def _curves(evidence: Evidence, run: Run, control: Run | None = None) -> Iterato
     lines = [line for line in lines if line.x]
     if lines:
         yield LineChart(f"{run.label}: reward while training", lines, unit="mean of training crops")
-    guards = {
-        _label(evidence.reward): f"eval_rewards/{evidence.reward}",
-        _label(evidence.heldout): f"eval_heldout/{evidence.heldout}",
-        "LR-PSNR, dB": "eval_lr_psnr",
-        "HR-PSNR, dB": "eval_hr_psnr",
+    judges = {
+        _label(evidence.reward): (f"eval_rewards/{evidence.reward}", f"reward/{evidence.reward}"),
+        _label(evidence.heldout): (f"eval_heldout/{evidence.heldout}", f"reward/{evidence.heldout}"),
     }
-    watched = [_since_start(_line(label, run.history, key)) for label, key in guards.items()]
+    # Judges have scales of their own: on one axis the one with the wider scale would hide the other.
+    watched = [
+        _since_start(_line(f"{label}, sd", run.history, key), unit=spread)
+        for label, (key, column) in judges.items()
+        if (spread := spread_of(evidence.before.rows, column)) > 0
+    ]
+    fidelity = {"LR-PSNR, dB": "eval_lr_psnr", "HR-PSNR, dB": "eval_hr_psnr"}
+    watched += [_since_start(_line(label, run.history, key)) for label, key in fidelity.items()]
     watched = [line for line in watched if len(line.x) > 1]
     if watched:
         yield LineChart(
@@ -449,7 +454,8 @@ def _curves(evidence: Evidence, run: Run, control: Run | None = None) -> Iterato
             watched,
             unit="change on validation photos",
             zero=True,
-            note="A reward that rises while its guards fall is being hacked.",
+            note="A reward that rises while its guards fall is being hacked. sd: standard deviations over the test "
+            "photos before the run.",
         )
 
 
@@ -458,8 +464,8 @@ def _line(label: str, history: History, key: str) -> Line:
     return Line(label, [float(entry["step"]) for entry in entries], [float(entry[key]) for entry in entries])
 
 
-def _since_start(line: Line) -> Line:
-    return Line(line.label, line.x, [value - line.y[0] for value in line.y])
+def _since_start(line: Line, *, unit: float = 1.0) -> Line:
+    return Line(line.label, line.x, [(value - line.y[0]) / unit for value in line.y])
 
 
 def _gallery(evidence: Evidence, run: Run, result: AlignmentResult, title: str) -> Gallery:

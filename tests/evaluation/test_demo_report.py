@@ -142,7 +142,8 @@ def test_caveats_come_first_and_say_what_the_preferences_are() -> None:
 
 
 def test_every_section_has_its_figures_and_the_page_renders() -> None:
-    report = demo_report(evidence(gain=0.4, heldout=0.1, hacked=(1, -1, 0)))
+    shown = evidence(gain=0.4, heldout=0.1, hacked=(1, -1, 0))
+    report = demo_report(shown)
     kinds = {section.anchor: [type(block) for block in section.blocks] for section in report.sections}
     assert kinds == {
         "pictures": [Gallery],
@@ -153,4 +154,9 @@ def test_every_section_has_its_figures_and_the_page_renders() -> None:
     }
     guards = next(block for block in report.sections[1].blocks if isinstance(block, LineChart) and block.zero)
     assert all(line.y[0] == 0.0 for line in guards.lines)
+    judge, other = guards.lines[:2]
+    assert (judge.label, other.label) == ("judge, sd", "held-out judge, sd")
+    for line, name, change in ((judge, "refreward", 2.0), (other, "heldout_judge", 0.2)):
+        spread = np.std([row[f"reward/{name}"] for row in shown.before.rows], ddof=1)
+        assert line.y[-1] == pytest.approx(change / spread)
     assert "ReFL, no anchor" in render_report(report)
