@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,15 @@ def test_an_epoch_that_a_signal_cuts_short_is_not_evaluated_as_a_whole(
     assert_same_end(whole, make(name="parts"), read_metrics, steps=9)
 
 
-def test_signals_reach_python_again_after_training(run: Callable[..., Any]) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, which tests that run in the background of a shell are started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_reach_python_again_after_training(run: Callable[..., Any], interruptible: None) -> None:
     run(SRReFLTrainer, SRReFLConfig, "whole", adapter=True)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
