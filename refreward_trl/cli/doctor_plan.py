@@ -239,13 +239,13 @@ def _rewards(recipe: Recipe, mode: Any) -> tuple[dict[str, Any], dict[str, Any],
         rewards, names, weights = build_rewards(entries)
         kept = []
         for reward, name, weight in zip(rewards, names, weights, strict=True):
-            remark = reward_without_content(reward, mode)
+            rehearsed, remark = reward_without_content(reward, mode)
             judge = reward._judge if isinstance(reward, JudgeReward) else None
             if judge is not None:
                 judges[f"judge {name}"] = getattr(judge, "model", judge)
             if remark is not None:
-                remarks.append(f"what the reward {name!r} takes is not counted: {remark}")
-            kept.append((reward if remark is None else _stand_in, weight))
+                remarks.append(f"the reward {name!r}: {remark}")
+            kept.append((reward if rehearsed else _stand_in, weight))
         found[key] = [reward for reward, _ in kept]
         if key == "reward_funcs":
             found["reward_weights"] = [weight for _, weight in kept]

@@ -81,11 +81,11 @@ def generator_without_content(arguments: GeneratorArguments, *, scale: int, mode
     return generator
 
 
-def reward_without_content(reward: RewardFunction, mode: FakeTensorMode) -> str | None:
+def reward_without_content(reward: RewardFunction, mode: FakeTensorMode) -> tuple[bool, str | None]:
     """Gives a reward of ours a judge with fake weights.
 
     Returns:
-        None if the reward can be rehearsed; else what of it is not counted, and why.
+        Whether the reward can be rehearsed, and what of it is not counted as it is, and why.
     """
     from refreward_trl.rewards.fidelity import LRConsistency, psnr, ssim
     from refreward_trl.rewards.heldout import HeldOutJudge
@@ -96,13 +96,16 @@ def reward_without_content(reward: RewardFunction, mode: FakeTensorMode) -> str 
         judge = rate_judge_without_content(reward.source, mode, reward.dtype, reward.spec)
         reward._judge = judge
         kind = judge.model.config.model_type
-        return None if kind in REHEARSED else f"only its weights are: shapes do not tell what a {kind} computes"
+        if kind not in REHEARSED:
+            return False, f"its weights alone are counted: shapes do not tell what a {kind} computes"
+        whole = f"its weights are counted as if they were not quantized to {reward.quantization}"
+        return True, whole if reward.quantization else None
     if isinstance(reward, HeldOutJudge):
         without_content(reward.judge, mode)  # type: ignore[arg-type]
-        return None
+        return True, None
     if isinstance(reward, LRConsistency) or getattr(reward, "func", reward) in (psnr, ssim):
-        return None
-    return "it cannot be rehearsed on shapes"
+        return True, None
+    return False, "what it takes is not counted: it cannot be rehearsed on shapes"
 
 
 def rate_judge_without_content(

@@ -142,7 +142,7 @@ def test_a_reward_of_the_user_is_named_as_not_counted(capsys, generator_folder, 
         *small,
     ]
     _, report = ask(capsys, *words)
-    assert any("'own' takes is not counted" in remark for remark in report["remarks"])
+    assert any("'own': what it takes is not counted" in remark for remark in report["remarks"])
 
 
 def test_a_judge_is_counted_wherever_it_lies(capsys, generator_folder, tmp_path, small):
@@ -183,6 +183,13 @@ def test_of_a_judge_that_shapes_do_not_describe_the_weights_are_counted(capsys, 
     weights = sum(parameter.numel() for parameter in judge.model.parameters())
     assert code == 0 and report["parts"]["judges"] == pytest.approx(4 * weights, rel=0.01)
     assert any("shapes do not tell what a smolvlm computes" in remark for remark in report["remarks"])
+
+
+def test_quantized_weights_are_said_to_be_counted_whole(capsys, generator_folder, small):
+    rewards = json.dumps([{"name": "refreward", "kwargs": {"quantization": "4bit"}}])
+    words = ["--config", "tiny/refl", "--generator", str(generator_folder), "--heldout_rewards", "[]", *small]
+    code, report = ask(capsys, *words, "--rewards", rewards)
+    assert code == 0 and any("not quantized to 4bit" in remark for remark in report["remarks"])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import published_models
 import pytest
 import torch
 from launching import ended, furnish, needs_deepspeed, started
+from tiny_judges import own_rewards
 
 from refreward_trl import checkpointing
 from refreward_trl.cli import app
@@ -17,12 +18,9 @@ from refreward_trl.cli.packaged import find_recipe, recipe_names
 from refreward_trl.cli.recipe import read_recipe
 from refreward_trl.generators import load_generator
 
-PUBLISHED = [
-    name
-    for name in recipe_names()
-    if "generator_family" in read_recipe(name).values and name.rpartition("/")[2] in ("refl", "ddpo")
-]
-"""A recipe of each family and method; those for a size of machine differ in nothing that matters here."""
+PUBLISHED = [name for name in recipe_names() if "generator_family" in read_recipe(name).values]
+JUDGED = ("osediff_sd21/refl_24gb", "osediff_sd21/refl_80gb", "osediff_sd21/refl_8gpu")
+"""Recipes whose reward comes from a judge that the user trains first."""
 
 SMALL = {
     "dataset": "photos",
@@ -63,6 +61,9 @@ def test_a_dry_run_finds_everything_without_a_network(name, tmp_path, monkeypatc
     made = published_models.WRITERS[recipe.values["generator_family"]](tmp_path)
     monkeypatch.chdir(tmp_path)
     flags = ["--generator", str(made.path), "--base_model", str(made.base)]
+    if name in JUDGED:
+        flags += ["--rewards", own_rewards(recipe.values, tmp_path), "--crop_size", "64"]
+        flags += ["--dataset", "default", "--eval_dataset", "default"]
     assert app.main([recipe.method, "--config", name, "--dry-run", *flags]) == 0
     shown = capsys.readouterr().out
     assert str(made.path) in shown and str(made.base) in shown and "licence" in shown
@@ -130,7 +131,8 @@ def test_a_recipe_trains_resumes_and_goes_back(name, stage, tmp_path):
     recipe = read_recipe(name)
     made = published_models.WRITERS[recipe.values["generator_family"]](tmp_path)
     place = furnish(tmp_path / "place")
-    train_and_resume(place, name, stage, generator=str(made.path), base_model=str(made.base))
+    own = {"rewards": own_rewards(recipe.values, tmp_path)} if name in JUDGED else {}
+    train_and_resume(place, name, stage, generator=str(made.path), base_model=str(made.base), **own)
     lr_image = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(1))
     aligned = load_generator(place / "run/generator")
     expected = aligned.generate(lr_image)

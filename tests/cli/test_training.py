@@ -6,7 +6,7 @@ from pathlib import Path
 import published_models
 import pytest
 import torch
-from tiny_judges import byte_tokenizer, family_network, family_spec
+from tiny_judges import byte_tokenizer, family_network, family_spec, own_rewards
 
 from refreward_trl.cli import app
 from refreward_trl.cli.building import LORA_TARGETS, build_arguments, build_lora, launch_settings
@@ -217,20 +217,6 @@ def own_judge(values: dict, folder: Path) -> list[str]:
     return [*words, "--gradient_checkpointing", "false"]
 
 
-def own_rewards(values: dict, folder: Path) -> list[str]:
-    """Returns the flag that puts a tiny multimodal LLM in the place of the judges in a recipe's rewards."""
-    rewards = json.loads(json.dumps(values.get("rewards", [])))
-    judged = [entry["kwargs"] for entry in rewards if isinstance(entry, dict) and "source" in entry.get("kwargs", {})]
-    if not judged:
-        return []
-    tokenizer = byte_tokenizer("qwen2_5_vl")
-    network = family_network("qwen2_5_vl", tokenizer)
-    RateJudge(network, tokenizer, family_spec("qwen2_5_vl")).save_pretrained(folder / "judge")
-    for kwargs in judged:
-        kwargs["source"] = str(folder / "judge")
-    return ["--rewards", json.dumps(rewards)]
-
-
 def preference(number: int, split: str) -> PreferenceRecord:
     generator = torch.Generator().manual_seed(number)
     lr_image = torch.randint(256, (3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -279,7 +265,7 @@ def test_every_packaged_recipe_runs_two_steps(place, run, name, tmp_path, monkey
     words += ["--save_strategy", "steps"] if recipe.values.get("load_best_model_at_end") else []
     words += own_generator(recipe.values, tmp_path, monkeypatch)
     words += own_judge(recipe.values, tmp_path)
-    words += own_rewards(recipe.values, tmp_path)
+    words += ["--rewards", own_rewards(recipe.values, tmp_path)] if recipe.values.get("rewards") else []
     if recipe.method in ("rm-sft", "rm-grpo"):  # TRL evaluates during training only with a dataset for it
         words += [word for key, value in REASONING.items() for word in (f"--{key}", value)]
         words += ["--num_generations", "2", "--max_completion_length", "4"] if recipe.method == "rm-grpo" else []

@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -321,20 +321,25 @@ def test_a_missing_tensor_of_tsd_is_refused_by_name(written: dict[str, fixtures.
         load(made)
 
 
+@dataclass
 class Evil:
+    canary: Path
+
     def __reduce__(self) -> Any:
-        return os.mkdir, ("/tmp/refreward_evil_was_here",)
+        return os.mkdir, (str(self.canary),)
 
 
 def test_a_pickle_with_code_is_never_run(written: dict[str, fixtures.Published], tmp_path: Path) -> None:
-    path = tmp_path / "osediff.pkl"
-    torch.save({"rank_unet": 4, "unet_lora_encoder_modules": Evil()}, path)
+    path, evil = tmp_path / "osediff.pkl", Evil(tmp_path / "was_here")
+    torch.save({"rank_unet": 4, "unet_lora_encoder_modules": evil}, path)
     with pytest.raises(CheckpointError, match=r"more than tensors.*mkdir"):
         load(replace(written["osediff"], path=path))
-    path.write_bytes(pickle.dumps(Evil()))
+    path.write_bytes(pickle.dumps(evil))
     with pytest.raises(CheckpointError):
         load(replace(written["osediff"], path=path))
-    assert not Path("/tmp/refreward_evil_was_here").exists()
+    assert not evil.canary.exists()
+    pickle.loads(path.read_bytes())
+    assert evil.canary.exists(), "a reader that runs code would have been seen"
 
 
 @pytest.mark.parametrize("kept", [0, 0.3, 0.99])
