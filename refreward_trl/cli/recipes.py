@@ -45,13 +45,15 @@ def main(argv: list[str]) -> None:
 
 
 def _list() -> None:
+    methods = max(len(read_recipe(name).method) for name in recipe_names())
+    width = max(map(len, [*recipe_names(), *launch_file_names()]))
     print(f"recipes ({packaged_folder(RECIPES)})")
     for name in recipe_names():
         recipe = read_recipe(name)
-        print(f"  {name:<20} refreward {recipe.method:<9} {_first_comment(find_recipe(name))}")
+        print(f"  {name:<{width}} refreward {recipe.method:<{methods}} {_first_comment(find_recipe(name))}")
     print(f"\nlaunch files ({packaged_folder(LAUNCH_FILES)})")
     for name in launch_file_names():
-        print(f"  {name:<20} {_first_comment(packaged_folder(LAUNCH_FILES) / name)}")
+        print(f"  {name:<{width}} {_first_comment(packaged_folder(LAUNCH_FILES) / name)}")
 
 
 def _first_comment(path: Path) -> str:

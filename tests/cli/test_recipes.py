@@ -20,6 +20,9 @@ def run(capsys, *words: str) -> str:
 def test_list_names_every_recipe_and_launch_file(capsys):
     listed = run(capsys, "list")
     assert all(f"  {name} " in listed for name in [*recipe_names(), *launch_file_names()])
+    recipes = [line for line in listed.splitlines() if (line.split() or [""])[0] in recipe_names()]
+    columns = {line.index(" refreward ") for line in recipes}
+    assert len(columns) == 1, "the names stand in one column"
 
 
 @pytest.mark.parametrize("name", ["tiny/refl", "recipes/tiny/refl.yaml"])
